@@ -1,0 +1,49 @@
+# `make demo`, `make test` and `make lint` do all set-up on a machine that has python3 (3.11 or newer) with venv.
+#
+#   make test TESTS=tests/conversion                    a part of the tests
+#   make test PYTEST_ARGS='-m slow'                     other tests than the default selection
+#   make test VENV=.venv-oldest VERSIONS=oldest         the oldest supported transformers
+#   make demo TORCH='torch==2.13.0 --index-url URL'     torch from another index (say, its CPU builds)
+
+BASE_PYTHON ?= python3
+VENV ?= .venv
+VERSIONS ?= newest
+TORCH ?= torch==2.13.0
+EXTRAS ?= dev,finetuning,quantization
+WORKERS ?= 2
+TESTS ?= tests
+PYTEST_ARGS ?=
+
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed-$(VERSIONS)
+
+.PHONY: demo test lint format install clean
+
+# torch comes first: what needs it is then content with this version, and pulls in no other build.
+$(INSTALLED): pyproject.toml requirements/common.txt requirements/$(VERSIONS).txt
+	$(BASE_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c requirements/$(VERSIONS).txt -e '.[$(EXTRAS)]'
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+install: $(INSTALLED)
+
+demo: install
+	$(PYTHON) -m modeling_delta_llava.demo
+
+# One thread for each worker: more workers than cores times threads slow each other down.
+test: install
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+		$(PYTHON) -m pytest -n $(WORKERS) $(PYTEST_ARGS) $(TESTS)
+
+lint: install
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+format: install
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+clean:
+	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
