@@ -1,0 +1,104 @@
+"""Brings a checkpoint to this machine: a folder as it is, a Hub id by downloading only the files that are needed."""
+
+import json
+import re
+from pathlib import Path
+
+from modeling_delta_llava.conversion.checkpoints import require_folder
+from modeling_delta_llava.conversion.tensors import format_bytes
+from modeling_delta_llava.conversion.workspace import free_bytes
+from modeling_delta_llava.errors import UserError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
+# Beside weights in repositories, and never read here.
+_IGNORED = ["*.msgpack", "*.h5", "*.onnx", "onnx/*", "*.gguf", "*.md", "global_step*", "optimizer*", "scheduler*"]
+_SMALL_WEIGHTS = ["mm_projector.bin", "non_lora_trainables.bin", "adapter_model.safetensors", "adapter_model.bin"]
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no existing path looks like `organisation/name` on the Hub."""
+    return not Path(name).exists() and _HUB_ID.fullmatch(name) is not None
+
+
+def local_folder(name: str, role: str, revision: str | None = None, weights: bool = True) -> Path:
+    """The folder of a checkpoint, downloaded into the Hub's cache when `name` is a Hub id.
+
+    Args:
+        role: how messages call it (`SOURCE`).
+        revision: branch, tag or commit on the Hub.
+        weights: whether the weights are needed, or only config, tokenizer and preprocessor.
+
+    Raises:
+        UserError: no such folder, or the Hub cannot be reached or does not give it.
+    """
+    if not is_hub_id(name):
+        if revision is not None:
+            raise UserError(f"--revision {revision} needs {role} to be a Hub id, and {name} is a path")
+        return require_folder(Path(name), role)
+    folder = _download(name, role, revision, _SMALL_FILES + (_SMALL_WEIGHTS if weights else []))
+    if weights and not any((folder / file).exists() for file in (*_SMALL_WEIGHTS, "adapter_config.json")):
+        for patterns in (_safetensors_patterns(folder), ["pytorch_model*.bin"]):
+            folder = _download(name, role, revision, patterns)
+            if any(any(folder.glob(pattern)) for pattern in patterns):
+                break
+    return folder
+
+
+def _safetensors_patterns(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return ["model.safetensors", "model-*-of-*.safetensors"]
+
+
+def _download(name: str, role: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    request = {"revision": revision, "allow_patterns": patterns, "ignore_patterns": _IGNORED}
+    try:
+        if not HF_HUB_OFFLINE:
+            _check_cache_space(name, role, revision, patterns)
+        return Path(snapshot_download(name, **request))
+    except UserError:
+        raise
+    except GatedRepoError:
+        reason = "access must be asked for on its page, then log in with `hf auth login`"
+    except RepositoryNotFoundError:
+        reason = "no such folder here and no such repository on the Hub (or it is private: `hf auth login`)"
+    except RevisionNotFoundError:
+        reason = f"it has no revision {revision!r}"
+    except LocalEntryNotFoundError:
+        reason = "the Hub cannot be reached and it is not in the cache: download it first or give a folder"
+    # The client's HTTP library, and with it the class of a broken connection, differs between its releases.
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise UserError(f"{role} {name} cannot be downloaded: {reason}")
+
+
+def _check_cache_space(name: str, role: str, revision: str | None, patterns: list[str]) -> None:
+    """Refuses a download that the cache's disk cannot hold, before its first byte."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.utils import filter_repo_objects
+
+    info = HfApi().model_info(name, revision=revision, files_metadata=True)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    wanted = filter_repo_objects(sizes, allow_patterns=patterns, ignore_patterns=_IGNORED)
+    needed = sum(
+        sizes[file] for file in wanted if not isinstance(try_to_load_from_cache(name, file, revision=info.sha), str)
+    )
+    free = free_bytes(Path(HF_HUB_CACHE))
+    if needed > free:
+        raise UserError(
+            f"no space to download {role} {name} into {HF_HUB_CACHE}: {format_bytes(needed)} needed, "
+            f"{format_bytes(free)} free; free some or set HF_HOME to another disk"
+        )

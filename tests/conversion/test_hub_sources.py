@@ -1,0 +1,134 @@
+"""Sources on the Hub, downloaded by the real client from a server on loopback: only the files that are needed."""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conversion.conftest import LAYOUT, assert_same_tensors, read_tensors
+from tests.hub_cards.local_hub import Entry, LocalHub
+from tests.training_layout import write_base_model, write_stage1, write_stage2, write_tower
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with LocalHub(tmp_path / "server") as server:
+        yield server
+
+
+def upload(
+    hub: LocalHub, repo_id: str, folder: Path, extra: dict[str, bytes] | None = None, branch: str = "main"
+) -> None:
+    """Puts a folder into a repository of the server, as if it had always been there."""
+    repo = hub.repos.get(repo_id) or hub.create_repo(repo_id)
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} | (extra or {})
+    entries = {}
+    for name, data in files.items():
+        digest = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        entries[name] = Entry(digest, len(data), content=data)
+    hub.commit(repo, branch, entries)
+
+
+def run(
+    hub: LocalHub, tmp_path: Path, *arguments: str, start=("-m", "modeling_delta_llava.cli"), **variables: str
+) -> subprocess.CompletedProcess:
+    environment = hub.environment(tmp_path / "home", token=None) | {"PYTHONPATH": str(REPOSITORY)} | variables
+    command = [sys.executable, "-m", "modeling_delta_llava.cli", *map(str, arguments)]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=240, check=False, cwd=tmp_path
+    )
+
+
+def downloaded(tmp_path: Path, repo_id: str) -> set[str]:
+    snapshots = tmp_path / "home" / "hub" / f"models--{repo_id.replace('/', '--')}" / "snapshots"
+    return {path.name for path in snapshots.glob("*/*")}
+
+
+def test_source_and_tower_from_the_hub(hub, tmp_path):
+    source = tmp_path / "source"
+    write_stage2(source, LAYOUT, shards=2)
+    config = (source / "config.json").read_text().replace(str(tmp_path / "source-tower"), "someone/tower")
+    (source / "config.json").write_text(config)
+    unneeded = {"pytorch_model.bin": b"x" * 1000, "optimizer.bin": b"x", "README.md": b"x", "flax_model.msgpack": b"x"}
+    upload(hub, "someone/delta", source, unneeded)
+    upload(hub, "someone/tower", tmp_path / "source-tower", {"pytorch_model.bin": b"x", "tf_model.h5": b"x"})
+    done = run(hub, tmp_path, "convert", "someone/delta", "hub", "--max-shard-size", "1MB")
+    assert done.returncode == 0, done.stderr
+    assert downloaded(tmp_path, "someone/delta") == {path.name for path in source.iterdir()}
+    assert downloaded(tmp_path, "someone/tower") == {"config.json", "preprocessor_config.json"}, (
+        "its weights are inside"
+    )
+
+    done = run(hub, tmp_path, "verify", "hub", "--against", "someone/delta", "--no-progress", HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    done = run(hub, tmp_path, "export", "hub", "back")
+    assert done.returncode == 0, done.stderr
+    assert_same_tensors(read_tensors(tmp_path / "back"), read_tensors(source))
+
+
+def test_a_base_model_of_bin_files_and_a_tower_with_its_weights(hub, tmp_path):
+    write_base_model(tmp_path / "base", LAYOUT, weights_format="bin", shards=2)
+    write_tower(tmp_path / "tower", LAYOUT)
+    write_stage1(tmp_path / "stage1", LAYOUT, tower="someone/tower")
+    for name in ("base", "tower", "stage1"):
+        upload(hub, f"someone/{name}", tmp_path / name)
+    done = run(hub, tmp_path, "convert", "someone/stage1", "hub", "--base-model", "someone/base")
+    assert done.returncode == 0, done.stderr
+    assert "pytorch_model-00001-of-00002.bin" in downloaded(tmp_path, "someone/base")
+    assert "model.safetensors" in downloaded(tmp_path, "someone/tower")
+
+
+def test_revision(hub, tmp_path):
+    write_stage2(tmp_path / "one", LAYOUT)
+    tower = tmp_path / "one-tower"
+    write_stage2(tmp_path / "two", LAYOUT, seed=5, tower=tower)
+    upload(hub, "someone/delta", tmp_path / "one")
+    upload(hub, "someone/delta", tmp_path / "two", branch="trained-longer")
+    done = run(hub, tmp_path, "convert", "someone/delta", "hub", "--revision", "trained-longer")
+    assert done.returncode == 0, done.stderr
+    done = run(hub, tmp_path, "export", "hub", "back")
+    assert_same_tensors(read_tensors(tmp_path / "back"), read_tensors(tmp_path / "two"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["someone/nothing"], "no such folder here and no such repository"),
+        (["someone/delta", "--revision", "v9"], "no revision 'v9'"),
+    ],
+)
+def test_what_the_hub_does_not_have(hub, tmp_path, arguments, message):
+    write_stage2(tmp_path / "source", LAYOUT)
+    upload(hub, "someone/delta", tmp_path / "source")
+    done = run(hub, tmp_path, "convert", arguments[0], "hub", *arguments[1:])
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "hub").exists()
+
+
+def test_no_space_for_the_download(hub, tmp_path):
+    write_stage2(tmp_path / "source", LAYOUT)
+    upload(hub, "someone/delta", tmp_path / "source")
+    script = (
+        "import sys; from modeling_delta_llava.conversion import sources; sources.free_bytes = lambda path: 100_000\n"
+        "from modeling_delta_llava.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    done = run(hub, tmp_path, "convert", "someone/delta", "hub", start=("-c", script))
+    assert done.returncode == 2
+    assert "error: no space to download SOURCE someone/delta" in done.stderr
+    assert "model.safetensors" not in downloaded(tmp_path, "someone/delta")
+
+
+def test_a_hub_that_is_not_there(tmp_path, hub):
+    done = run(hub, tmp_path, "convert", "someone/delta", "hub", HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 2
+    assert "error: SOURCE someone/delta cannot be downloaded" in done.stderr
+    assert not (tmp_path / "hub").exists()

@@ -1,0 +1,156 @@
+"""Conversions that are interrupted or killed, in processes of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from modeling_delta_llava.conversion.workspace import remove_leftovers, transaction
+from modeling_delta_llava.errors import UserError
+from tests.conversion.conftest import assert_same_tensors, read_tensors
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+# The real command line, with a pause before each tensor.
+SLOW_CONVERSION = """
+import sys, time
+from modeling_delta_llava.conversion import writer
+write = writer._write_tensor
+def slowly(*arguments):
+    time.sleep(0.05)
+    write(*arguments)
+writer._write_tensor = slowly
+from modeling_delta_llava.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start(source: Path, output: Path, *arguments: str) -> subprocess.Popen:
+    """Starts a slow conversion and waits until it writes weights."""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SLOW_CONVERSION, "convert", str(source), str(output), *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    limit = time.monotonic() + 120
+    while not [
+        path for path in output.parent.glob(".*.building-*/model*.safetensors") if path.stat().st_size > 60_000
+    ]:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    return process
+
+
+def finish(source: Path, output: Path, *arguments: str) -> None:
+    """Runs the real command line to its end."""
+    command = [sys.executable, "-m", "modeling_delta_llava.cli", "convert", str(source), str(output), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_interrupted(sources, tmp_path, number):
+    output = tmp_path / "parent" / "output"
+    process = start(sources / "stage2", output)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.splitlines()[-1].startswith("error: interrupted: nothing was kept")
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == [], "the folder made for OUTPUT is gone, too"
+
+
+def test_killed_and_run_again(sources, tmp_path):
+    output = tmp_path / "output"
+    process = start(sources / "stage2", output)
+    process.kill()
+    process.communicate(timeout=60)
+    left = list(tmp_path.iterdir())
+    assert [path.name for path in left] == [f".output.building-{process.pid}"]
+    finish(sources / "stage2", output)
+    assert list(tmp_path.iterdir()) == [output]
+    assert any(key.startswith("model.multi_modal_projector.") for key in read_tensors(output))
+
+
+def test_killed_while_replacing_a_model(sources, tmp_path):
+    output = tmp_path / "output"
+    finish(sources / "stage2", output)
+    before = read_tensors(output)
+    process = start(sources / "stage2", output, "--overwrite", "--dtype", "bfloat16")
+    process.kill()
+    process.communicate(timeout=60)
+    assert_same_tensors(read_tensors(output), before)
+
+
+# --- the transaction itself ------------------------------------------------------------------------------------------
+
+
+def test_a_living_run_is_left_alone(tmp_path):
+    with transaction(tmp_path / "output") as first:
+        (first / "a").write_text("1")
+        remove_leftovers(tmp_path / "output")
+        assert (first / "a").exists()
+    assert (tmp_path / "output" / "a").read_text() == "1"
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["a"]
+
+
+def test_a_dead_run_of_a_recycled_number_is_removed(tmp_path):
+    leftover = tmp_path / f".output.building-{os.getpid()}"
+    leftover.mkdir()
+    (leftover / ".owner.json").write_text(json.dumps({"pid": os.getpid(), "started": "0"}))
+    remove_leftovers(tmp_path / "output")
+    assert not leftover.exists()
+
+
+def test_a_run_of_another_machine_is_left_alone(tmp_path):
+    leftover = tmp_path / ".output.building-1"
+    leftover.mkdir()
+    (leftover / ".owner.json").write_text(json.dumps({"pid": 2**22 + 1, "host": "elsewhere"}))
+    remove_leftovers(tmp_path / "output")
+    assert leftover.exists()
+
+
+def test_a_model_set_aside_by_a_killed_overwrite_comes_back(tmp_path):
+    aside = tmp_path / f".output.replaced-{2**22 + 1}"
+    aside.mkdir()
+    (aside / "config.json").write_text("old")
+    remove_leftovers(tmp_path / "output")
+    assert (tmp_path / "output" / "config.json").read_text() == "old"
+    assert not aside.exists()
+
+
+def test_an_error_inside_leaves_nothing(tmp_path):
+    def build():
+        with transaction(tmp_path / "deep" / "output") as building:
+            (building / "a").write_text("1")
+            raise UserError("no")
+
+    with pytest.raises(UserError, match="no"):
+        build()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "config.json").write_text("old")
+    rename = os.rename
+
+    def refuse(source, target):
+        if ".building-" in str(source):
+            raise OSError("no")
+        rename(source, target)
+
+    def build():
+        with transaction(output, overwrite=True) as building:
+            (building / "config.json").write_text("new")
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(OSError, match="no"):
+        build()
+    assert (output / "config.json").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [output]
