@@ -1,0 +1,87 @@
+"""Scores measured from a repository, read from lmms-eval's result files."""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from modeling_delta_llava.errors import UserError
+from modeling_delta_llava.hub_cards.variants import benchmarks
+
+RESULTS_FOLDER = "eval"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One score of one task.
+
+    Attributes:
+        task, metric: as lmms-eval names them, the metric without its filter.
+        tokens: visual tokens per picture in that run.
+        file: result file, as a path in the repository.
+        dataset: Hub data set when the task is one of the paper's benchmarks.
+        date: of the run, ISO 8601, if the file has it.
+    """
+
+    task: str
+    metric: str
+    value: float
+    tokens: int
+    file: str
+    dataset: str | None = None
+    date: str | None = None
+
+    @property
+    def text(self) -> str:
+        return f"{self.value:.4g}" if abs(self.value) < 1000 else f"{self.value:.2f}"
+
+
+def _dataset_of(task: str) -> str | None:
+    """Hub data set of an lmms-eval task: `vizwiz_vqa_val` -> lmms-lab/VizWiz-VQA."""
+    for benchmark in benchmarks().values():
+        if task == benchmark["task_id"] or task.startswith(benchmark["task_id"] + "_"):
+            return benchmark["dataset"]
+    return None
+
+
+def _scores(path: Path, default_tokens: int) -> Iterator[Measurement]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        results = data["results"].items()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it has no results"
+        raise UserError(f"{path} is no result file of lmms-eval ({reason}): give its *_results.json") from error
+    arguments = str((data.get("config") or {}).get("model_args") or "")
+    asked = re.search(r"num_visual_tokens['\"]?\s*[=:]\s*(\d+)", arguments)
+    tokens = int(asked[1]) if asked else default_tokens
+    date = re.match(r"(\d{4})(\d{2})(\d{2})_", path.name)
+    day = "-".join(date.groups()) if date else None
+    for task, values in results:
+        for key, value in values.items():
+            metric = key.split(",")[0]
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if is_number and "," in key and not metric.endswith("_stderr"):
+                file = f"{RESULTS_FOLDER}/{path.name}"
+                yield Measurement(task, metric, float(value), tokens, file, _dataset_of(task), day)
+
+
+def read_measurements(folder: Path, results: Sequence[Path], default_tokens: int) -> list[Measurement]:
+    """Scores of the given result files, which are copied into the folder, and of those that it holds already.
+
+    Args:
+        folder: a Hub folder; its result files lie in `eval/`.
+        default_tokens: visual tokens of a run whose arguments name none.
+
+    Raises:
+        UserError: a file is not what lmms-eval writes.
+    """
+    target = folder / RESULTS_FOLDER
+    for path in results:
+        list(_scores(path, default_tokens))
+        target.mkdir(exist_ok=True)
+        if path.resolve() != (target / path.name).resolve():
+            shutil.copyfile(path, target / path.name)
+    return [entry for path in sorted(target.glob("*.json")) for entry in _scores(path, default_tokens)]

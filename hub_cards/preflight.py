@@ -1,0 +1,218 @@
+"""What is checked before anything is sent: the folder is a whole, safe, licensed and loadable Hub repository."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+
+from modeling_delta_llava.errors import UserError
+from modeling_delta_llava.hub_cards.licences import write_licence_file
+from modeling_delta_llava.hub_cards.manifest import FileHash, hash_files, list_files
+from modeling_delta_llava.hub_cards.metadata import (
+    card_problems,
+    licence_problem,
+    load_card,
+    pinned_revisions,
+    snippet_repositories,
+)
+from modeling_delta_llava.hub_cards.scan import forbidden_reason, secret_in
+
+REQUIRED = ("config.json", "processor_config.json", "tokenizer_config.json")
+SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """A folder that may be published.
+
+    Attributes:
+        files: what will be on the Hub, with hashes.
+        licence: identifier in the card.
+        pinned: revisions that the card's snippets load.
+        repositories: repositories that they load.
+        loaded: what the load check reported, or None when it was left out.
+    """
+
+    folder: Path
+    files: list[FileHash]
+    licence: str
+    pinned: list[str]
+    repositories: list[str]
+    loaded: dict | None
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+def _refuse(folder: Path, problems: Sequence[str], hint: str) -> None:
+    """Raises one line for a list of problems; nothing when there are none."""
+    if problems:
+        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise UserError(f"{folder} cannot be published: {'; '.join(problems[:SHOWN])}{more}: {hint}")
+
+
+def check_structure(folder: Path) -> dict:
+    """config.json of a Delta-LLaVA folder that has weights, processor and code; raises `UserError` otherwise."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: give the folder that `delta-llava convert` or training wrote")
+    missing = [name for name in REQUIRED if not (folder / name).is_file()]
+    _refuse(folder, [f"{name} is missing" for name in missing], "publish the folder that `delta-llava convert` wrote")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{folder}/config.json is no valid JSON ({error}): convert or train again") from error
+    problems = []
+    if config.get("model_type") != "delta_llava":
+        problems.append(f"config.json says model_type {config.get('model_type')!r}, not 'delta_llava'")
+    auto_map = config.get("auto_map") or {}
+    for name in ("AutoConfig", "AutoModel", "AutoModelForImageTextToText"):
+        if name not in auto_map:
+            problems.append(f"auto_map in config.json lacks {name}")
+    for target in auto_map.values():
+        for reference in target if isinstance(target, list) else [target]:
+            code = folder / f"{str(reference).split('--')[-1].split('.')[0]}.py"
+            if reference and not code.is_file():
+                problems.append(f"{code.name} is missing")
+    if not list(folder.glob("*.safetensors")):
+        problems.append("there are no safetensors weights")
+    _refuse(folder, list(dict.fromkeys(problems)), "publish the folder that `delta-llava convert` wrote")
+    return config
+
+
+def check_contents(folder: Path, exclude: Sequence[str] = ()) -> list[str]:
+    """Paths to publish. Raises `UserError` for secrets, training state, caches, pickles and links out of it."""
+    paths = list_files(folder, exclude)
+    problems = []
+    root = folder.resolve()
+    for path in paths:
+        file = folder / path
+        if not file.resolve().is_relative_to(root):
+            problems.append(f"{path} is a link out of the folder")
+            continue
+        if not file.is_file():
+            problems.append(f"{path} is no regular file")
+            continue
+        forbidden, secret = forbidden_reason(path), secret_in(file)
+        reason = f"is {forbidden}" if forbidden else f"holds {secret}" if secret else None
+        if reason:
+            problems.append(f"{path} {reason}")
+    _refuse(folder, problems, "delete them, or leave them out with --exclude PATTERN")
+    return paths
+
+
+def check_card(folder: Path, licence: str | None = None) -> ModelCard:
+    """The folder's card, valid and with a licence.
+
+    Args:
+        licence: stated by the user. Written into a card without one; must agree with a card that has one.
+    """
+    _refuse(folder, card_problems(folder), "mend the card, or write it anew with `delta-llava card`")
+    card = load_card(folder)
+    stated = card.data.get("license")
+    if licence is not None and stated not in (None, licence):
+        raise UserError(f"{folder}/README.md says licence {stated!r}, --license says {licence!r}: make them agree")
+    if licence is not None and stated is None:
+        card.data["license"] = licence
+        problem = licence_problem(card.data.to_dict(), folder)
+        if problem is None:
+            card.save(folder / "README.md")
+            write_licence_file(folder, licence)
+    else:
+        problem = licence_problem(card.data.to_dict(), folder)
+    if problem:
+        raise UserError(
+            f"{folder} cannot be published: {problem}: state one with --license ID, for example the language "
+            "model's (identifiers: https://huggingface.co/docs/hub/repositories-licenses)"
+        )
+    return card
+
+
+def _run(folder: Path, command: list[str], doing: str, time_limit: float | None) -> dict:
+    """Runs a checking process and returns the JSON of its last line; `{"error": ...}` when there is none."""
+    with tempfile.TemporaryDirectory() as scratch:
+        environment = {**os.environ, "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
+        try:
+            process = subprocess.run(
+                [sys.executable, *command, str(folder.resolve())],
+                cwd=scratch,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=time_limit,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise UserError(f"{folder}: {doing} took longer than {time_limit:.0f} s: raise --time-limit") from error
+    try:
+        return json.loads(process.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError):
+        lines = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
+        return {"error": lines[-1]}
+
+
+def check_weights(folder: Path, time_limit: float | None = None) -> None:
+    """Runs the converter's verification, in a process of its own; raises `UserError` naming what does not fit."""
+    result = _run(folder, ["-m", "modeling_delta_llava.hub_cards.verify_check"], "verifying it", time_limit)
+    problems = [result["error"]] if "error" in result else result["problems"]
+    _refuse(folder, problems, "see `delta-llava verify`, and convert again")
+
+
+def check_loading(folder: Path, time_limit: float | None = None) -> dict:
+    """Loads the folder in a fresh process without this package, with an empty module cache; what that reported."""
+    script = str(Path(__file__).with_name("load_check.py"))
+    result = _run(folder, [script], "loading it", time_limit)
+    if "error" in result:
+        raise UserError(
+            f"{folder} does not load in a fresh process with trust_remote_code: {result['error']}: convert it again, "
+            "or mend it until `AutoModelForImageTextToText.from_pretrained` loads it"
+        )
+    return result
+
+
+def preflight(
+    folder: Path,
+    licence: str | None = None,
+    exclude: Sequence[str] = (),
+    load: bool = True,
+    time_limit: float | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Preflight:
+    """All checks, cheap ones first.
+
+    Args:
+        folder: a Hub folder.
+        licence: licence identifier stated by the user.
+        exclude: patterns of paths to leave out.
+        load: also load the folder in a fresh process (always done for quantised weights).
+        time_limit: seconds for each of the two checking processes.
+        say: receives a line about each step.
+
+    Raises:
+        UserError: one line with everything that one of the checks found.
+    """
+    folder = Path(folder)
+    config = check_structure(folder)
+    card = check_card(folder, licence)
+    paths = check_contents(folder, exclude)
+    if "quantization_config" in config:
+        say("quantised weights: verified by loading them")
+        load = True
+    else:
+        say("verifying the weights")
+        check_weights(folder, time_limit)
+    loaded = None
+    if load:
+        say("loading the folder in a fresh process")
+        loaded = check_loading(folder, time_limit)
+    say("hashing")
+    files = hash_files(folder, paths)
+    return Preflight(
+        folder, files, card.data["license"], pinned_revisions(card.text), snippet_repositories(card.text), loaded
+    )

@@ -1,0 +1,349 @@
+"""Cards: valid on the Hub, true to the paper's tables, and nothing invented about folders that are no variant."""
+
+import ast
+import json
+import re
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
+from PIL import Image
+
+from modeling_delta_llava.errors import UserError
+from modeling_delta_llava.hub_cards import variants as variants_module
+from modeling_delta_llava.hub_cards.card import Facts, render_card, variant_config, write_card
+from modeling_delta_llava.hub_cards.figure import chart_for, draw_chart, draw_example
+from modeling_delta_llava.hub_cards.licences import LLAMA_2_NOTICE, licence_text
+from modeling_delta_llava.hub_cards.metadata import card_problems, metadata_problems, pinned_revisions
+from modeling_delta_llava.hub_cards.variants import get_variant, paper, paper_tables, variants
+from tests.hub_cards.conftest import assert_one_line
+
+NAMES = list(variants())
+
+
+def card_of(name: str, **changes) -> ModelCard:
+    variant = get_variant(name)
+    facts = {
+        "name": name,
+        "repo_id": f"user/{name}",
+        "revision": "v1.0",
+        "config": variant_config(variant),
+        "variant": variant,
+        "licence": variant.licence or None,
+        "base_models": (variant.backbone.id, variant.tower.id),
+        "datasets": variant.recipe.datasets,
+        "languages": variant.backbone.language,
+    }
+    return render_card(Facts(**{**facts, **changes}))
+
+
+def tables_in(text: str) -> list[list[list[str]]]:
+    """The Markdown tables of a card as lists of rows of cells, bold marks removed."""
+    tables, current = [], []
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("|"):
+            current.append([cell.strip().strip("*") for cell in line.strip("|").split("|")])
+        elif current:
+            tables.append(current)
+            current = []
+    return tables
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_metadata_is_valid_and_complete(name):
+    variant, card = get_variant(name), card_of(name)
+    data = ModelCard(str(card)).data.to_dict()
+    assert metadata_problems(data) == []
+    assert data["base_model"] == [variant.backbone.id, variant.tower.id]
+    assert data["base_model_relation"] == "finetune"
+    assert data["pipeline_tag"] == "image-text-to-text"
+    assert data["library_name"] == "transformers"
+    assert "arxiv:2512.18910" in data["tags"]
+    assert data["datasets"] == list(variant.recipe.datasets)
+    assert data["language"] == ["en"]
+    assert data.get("license") == variant.licence.get("license")
+
+
+def test_every_card_passes_the_hubs_validation(client, tmp_path):
+    """The real client's `ModelCard.validate` on every card, answered by the loopback Hub."""
+    for name in NAMES:
+        card_of(name).save(tmp_path / "cards" / f"{name}.md")
+    broken = card_of(NAMES[1], licence={"license": "llama-2"})
+    broken.save(tmp_path / "broken.md")
+    code = """
+import sys
+from pathlib import Path
+from huggingface_hub import HfApi
+api = HfApi()
+for path in sorted(Path(sys.argv[1]).glob("*.md")):
+    api._validate_yaml(path.read_text(encoding="utf-8"), repo_type="model")
+    print(path.stem)
+try:
+    api._validate_yaml(Path(sys.argv[2]).read_text(encoding="utf-8"), repo_type="model")
+except ValueError as error:
+    print("refused:", "license" in str(error))
+"""
+    process = client("-c", code, tmp_path / "cards", tmp_path / "broken.md")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split("\n")[:-1] == [*sorted(NAMES), "refused: True"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_score_of_the_card_is_a_cell_of_its_table(name):
+    variant, card = get_variant(name), card_of(name)
+    for source, table in re.findall(r"^(Table \d) of the paper:\n\n((?:\|.*\n)+)", card.text, re.MULTILINE):
+        header, _, *rows = tables_in(table)[0]
+        printed = paper_tables()[source.removeprefix("Table ")]
+        for row in rows:
+            cells = dict(zip(header, row, strict=True))
+            scores = {key: value for key, value in cells.items() if key not in ("method", "visual tokens")}
+            assert any(
+                entry.tokens == cells["visual tokens"]
+                and all(entry.cells.get(key, "–") == value for key, value in scores.items())
+                for entry in printed.rows
+            ), (source, cells)
+        own = rows[-1]
+        assert own[1] == str(variant.num_visual_tokens)
+    for score in variant.scores:
+        assert f"**{score.text}**" in card.text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_of_the_paper_say_so_everywhere(name):
+    variant, card = get_variant(name), card_of(name)
+    results = card.data.eval_results or []
+    assert {(r.metric_value, r.source_name) for r in results} == {
+        (score.value, f"Delta-LLaVA paper, {score.source}") for score in variant.scores
+    }
+    assert all(result.source_url == paper()["url"] for result in results)
+    assert all("reported by the paper" in result.metric_name for result in results)
+    if variant.scores:
+        assert "were not measured from the weights in this repository" in card.text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_card_says_what_it_is(name):
+    variant, text = get_variant(name), card_of(name).text
+    assert "**Unofficial.**" in text
+    assert paper()["code"] in text
+    assert paper()["url"] in text
+    assert "arxiv.org/abs/2604.14044" in text
+    for part, origin in variant.provenance.items():
+        assert re.search(rf"\| {part.replace('_', ' ')} \| \*\*{origin}\*\*", text)
+    for heading in ("Usage", "Training", "Intended use and limits", "Licence", "Citation"):
+        assert f"\n## {heading}\n" in text
+    assert "{{" not in text
+    assert "None" not in re.sub(r"^None have been published.*$", "", text, flags=re.MULTILINE)
+
+
+def test_full_grid_card_has_no_score_of_its_own():
+    card = card_of("delta-llava-vicuna-7b-576")
+    assert card.data.eval_results is None
+    assert "None have been published for this model." in card.text
+    assert "LLaVA-1.5's own figures" in card.text
+    table = next(t for t in tables_in(card.text) if t[0][0] == "method")
+    assert [row[0] for row in table[2:]] == ["LLaVA-1.5"]
+
+
+def test_released_weights_have_no_licence_until_one_is_stated():
+    name = "delta-llava-hermes-4.3-36b-144"
+    card = card_of(name)
+    assert "license" not in card.data.to_dict()
+    assert "No licence is stated for these weights: [mzamini/DeltaLLaVA-36B-144]" in card.text
+    stated = card_of(name, licence={"license": "apache-2.0"})
+    assert stated.data.license == "apache-2.0"
+
+
+def test_every_snippet_parses_and_is_pinned():
+    for name in NAMES:
+        text = card_of(name).text
+        snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        assert len(snippets) == 5
+        for snippet in snippets:
+            ast.parse(snippet)
+            assert f'model_id = "user/{name}"\nrevision = "v1.0"\n' in snippet
+        assert pinned_revisions(text) == ["v1.0"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_figure_is_drawn_from_the_tables(name, tmp_path):
+    variant = get_variant(name)
+    chart = chart_for(variant)
+    if "hermes" in name:
+        assert chart is None
+        return
+    known = {
+        (row.tokens, float(text))
+        for table in paper_tables().values()
+        for row in table.rows
+        for benchmark, text in row.scores.items()
+        if benchmark == chart.benchmark
+    }
+    for series in chart.series:
+        assert {(str(tokens), score) for tokens, score in series.points} <= known
+        assert 576 not in dict(series.points), "576 tokens are LLaVA-1.5's own"
+    if variant.scores:
+        assert chart.marked[0] == variant.num_visual_tokens
+        assert chart.marked[1] in {score.value for score in variant.scores}
+    else:
+        assert chart.marked is None
+    draw_chart(chart, tmp_path / "scores.png")
+    with Image.open(tmp_path / "scores.png") as image:
+        assert image.size == (960, 540)
+        assert image.format == "PNG"
+        colours = {colour for _, colour in image.convert("RGB").getcolors(maxcolors=2**20)}
+    assert (0xC2, 0x41, 0x0C) in colours, "the line of Delta-LLaVA"
+    assert (255, 255, 255) in colours
+
+
+def test_example_drawing(tmp_path):
+    draw_example(tmp_path / "example.png")
+    with Image.open(tmp_path / "example.png") as image:
+        assert image.size == (336, 336)
+        assert image.convert("RGB").getpixel((70, 80)) == (0xDC, 0x26, 0x26)
+        assert image.convert("RGB").getpixel((90, 240)) == (0x25, 0x63, 0xEB)
+
+
+def variant_folder(folder, name: str):
+    """A folder that has a variant's config and nothing else; enough for its card."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "delta_llava", **variant_config(get_variant(name))}))
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_variants_folder_gets_a_valid_card(name, tmp_path):
+    folder = variant_folder(tmp_path / "folder", name)
+    write_card(folder, variant=name, repo_id=f"user/{name}")
+    assert card_problems(folder) == []
+    variant = get_variant(name)
+    assert (folder / "scores.png").exists() == (chart_for(variant) is not None)
+    results = folder / ".eval_results" / "paper.yaml"
+    assert results.exists() == bool(variant.scores)
+    if variant.scores:
+        entries = parse_eval_result_entries(yaml.safe_load(results.read_text(encoding="utf-8")))
+        assert [entry.value for entry in entries] == [score.value for score in variant.scores]
+        assert all(entry.notes.endswith("not measured from these weights") for entry in entries)
+    if variant.licence:
+        assert (folder / "LICENSE").read_text(encoding="utf-8") == licence_text(variant.licence["license"])
+    notice = (folder / "NOTICE").read_text(encoding="utf-8")
+    assert variant.backbone.id in notice
+    assert variant.tower.id in notice
+    assert (LLAMA_2_NOTICE in notice) == (variant.licence.get("license") == "llama2")
+
+
+def test_folder_of_another_shape_is_not_that_variant(hub_folder):
+    with pytest.raises(UserError, match=r"is not delta-llava-vicuna-7b-144: text_config.hidden_size is 32"):
+        write_card(hub_folder, variant="delta-llava-vicuna-7b-144")
+
+
+# Folders that are no listed variant.
+
+
+def test_card_of_a_finetune_invents_nothing(model_folder):
+    (model_folder / "trainer_state.json").write_text(
+        json.dumps({"global_step": 1200, "epoch": 2.0, "log_history": [{"loss": 1.25, "step": 1200}]})
+    )
+    write_card(model_folder, repo_id="user/mine", licence="mit")
+    assert card_problems(model_folder) == []
+    card = ModelCard.load(model_folder / "README.md")
+    data = card.data.to_dict()
+    for field in ("base_model", "base_model_relation", "datasets", "language", "model-index"):
+        assert field not in data
+    assert "| optimiser steps | 1,200 |" in card.text
+    assert "| last training loss | 1.25 |" in card.text
+    assert "llama, 2 layers of width 32" in card.text
+    for figure in ("Vicuna", "CC-558K", "665K", "GQA", "released**", "H100"):
+        assert figure not in card.text
+    printed = {text for v in variants().values() for row in v.rows for text in row.scores.values() if "." in text}
+    assert not printed & set(re.findall(r"\d+\.\d+", card.text))
+    assert not (model_folder / ".eval_results").exists()
+    assert not (model_folder / "scores.png").exists()
+
+
+def test_card_of_a_folder_without_any_record(model_folder):
+    write_card(model_folder)
+    text = (model_folder / "README.md").read_text(encoding="utf-8")
+    assert "This folder holds no record of its training." in text
+    assert "YOUR_NAME/tiny-delta-llava" in text
+
+
+def test_training_section_of_our_finetuning_is_kept(model_folder):
+    (model_folder / "README.md").write_text(
+        "---\nbase_model: lmsys/vicuna-7b-v1.5\ndatasets: [user/data]\nlicense: mit\n---\n# x\n\nTrained with\n"
+        "`delta-llava finetune`.\n\n## Training\n\nStarted from `a`.\n\n| step | loss |\n\n## Use\n\nother\n"
+    )
+    for _ in range(2):
+        write_card(model_folder, repo_id="user/mine")
+        card = ModelCard.load(model_folder / "README.md")
+        assert "Started from `a`.\n\n| step | loss |" in card.text
+        assert "\nother\n" not in card.text
+        assert card.data.base_model == "lmsys/vicuna-7b-v1.5"
+        assert card.data.datasets == ["user/data"]
+        assert card.data.license == "mit"
+
+
+def test_writing_a_card_twice_changes_nothing(model_folder):
+    write_card(model_folder, repo_id="user/mine", licence="apache-2.0")
+    before = {path: path.read_bytes() for path in model_folder.rglob("*") if path.is_file()}
+    write_card(model_folder, repo_id="user/mine")
+    assert {path: path.read_bytes() for path in model_folder.rglob("*") if path.is_file()} == before
+
+
+def lmms_eval_file(path, task="gqa", value=0.5125):
+    results = {task: {"alias": task, "exact_match,none": value, "exact_match_stderr,none": 0.01, "samples": 10}}
+    path.write_text(json.dumps({"results": results, "config": {"model_args": "pretrained=x,num_visual_tokens=1"}}))
+    return path
+
+
+def test_measured_scores_carry_their_source_file(model_folder, tmp_path):
+    file = lmms_eval_file(tmp_path / "20260102_030405_results.json")
+    write_card(model_folder, repo_id="user/mine", licence="mit", results=[file])
+    assert card_problems(model_folder) == []
+    card = ModelCard.load(model_folder / "README.md")
+    (result,) = card.data.eval_results
+    assert result.metric_value == 0.5125
+    assert result.source_url.endswith("user/mine/blob/v1.0/eval/20260102_030405_results.json")
+    assert "measured from this repository" in result.metric_name
+    assert "| gqa | exact_match | 0.5125 | 1 | [eval/20260102_030405_results.json]" in card.text
+    (entry,) = parse_eval_result_entries(yaml.safe_load((model_folder / ".eval_results/measured.yaml").read_text()))
+    assert (entry.dataset_id, entry.value, entry.date) == ("lmms-lab/GQA", 0.5125, "2026-01-02")
+    assert (model_folder / "eval" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_measured_score_of_an_unknown_task_is_in_the_card_alone(model_folder, tmp_path):
+    write_card(model_folder, results=[lmms_eval_file(tmp_path / "a_results.json", task="my_task")])
+    assert "| my_task | exact_match |" in (model_folder / "README.md").read_text(encoding="utf-8")
+    assert not (model_folder / ".eval_results").exists()
+
+
+def test_a_file_that_is_no_result_file_is_one_line(cli, model_folder, tmp_path):
+    (tmp_path / "x.json").write_text("[]")
+    line = assert_one_line(cli("card", model_folder, "--results", tmp_path / "x.json"), "no result file of lmms-eval")
+    assert "*_results.json" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--license", "llama-2"], "'llama-2' is no licence identifier"),
+        (["--license", "other"], "needs license_name and license_link"),
+        (["--license", "unknown"], "is no licence identifier"),
+        (["--variant", "delta-llava-7b"], "no variant is called"),
+        (["--variant", "delta-llava-qwen2.5-7b-36"], "is not delta-llava-qwen2.5-7b-36"),
+    ],
+)
+def test_command_refuses_in_one_line(cli, model_folder, arguments, expected):
+    assert_one_line(cli("card", model_folder, *arguments), expected)
+    assert not (model_folder / "README.md").exists()
+
+
+def test_command_refuses_other_folders(cli, tmp_path):
+    assert_one_line(cli("card", tmp_path / "nowhere"), "has no config.json", "delta-llava convert")
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    assert_one_line(cli("card", tmp_path), "is not a Delta-LLaVA config")
+
+
+def test_template_holds_no_leftover_names():
+    template = (variants_module.FOLDER / "card_template.md").read_text(encoding="utf-8")
+    assert template.startswith("---\n{{ card_data }}\n---\n")
