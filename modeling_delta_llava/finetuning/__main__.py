@@ -1,0 +1,23 @@
+"""`python -m modeling_delta_llava.finetuning CONFIG.yaml [--key value ...]`: what accelerate and torchrun launch."""
+
+import sys
+
+from ..errors import UserError
+from .run import finetune
+
+
+def main(arguments: list[str]) -> int:
+    """Runs `finetune`; returns the exit status, 2 for an error that the user can mend."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if arguments else 2
+    try:
+        finetune(arguments[0], arguments[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,67 @@
+"""Opening the pictures of a sample, with one clear reason for each one that cannot be used."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+
+class BrokenImageError(ValueError):
+    """A picture that cannot be used; the message names it and says why."""
+
+
+def resolve_image(image: Any, folder: Path | None) -> Any:
+    """The file that a name stands for, `folder / name` where there is a folder. Image data passes through."""
+    if isinstance(image, str):
+        return folder / image if folder is not None else Path(image)
+    if isinstance(image, dict) and not image.get("bytes") and isinstance(image.get("path"), str):
+        return folder / image["path"] if folder is not None else Path(image["path"])
+    return image
+
+
+def image_name(image: Any) -> str:
+    """How a message names a picture."""
+    if isinstance(image, (str, Path)):
+        return str(image)
+    if isinstance(image, dict) and image.get("path"):
+        return str(image["path"])
+    return "an embedded image"
+
+
+def open_image(image: Any, folder: Path | None = None, max_pixels: int | None = None) -> Image.Image:
+    """Opens and fully decodes one picture as RGB.
+
+    Args:
+        image: a file name, a path, encoded bytes, a `{"bytes", "path"}` pair or a `PIL.Image.Image`.
+        folder: where file names are looked up.
+        max_pixels: width x height above which a picture is refused before it is decoded.
+    Raises:
+        BrokenImageError: the file is missing, is no picture, is cut short, or is larger than `max_pixels`.
+    """
+    source = resolve_image(image, folder)
+    name = image_name(source)
+    try:
+        if isinstance(source, Image.Image):
+            picture = source
+        elif isinstance(source, (bytes, bytearray)):
+            picture = Image.open(io.BytesIO(source))
+        elif isinstance(source, dict) and source.get("bytes"):
+            picture = Image.open(io.BytesIO(source["bytes"]))
+        elif isinstance(source, Path):
+            picture = Image.open(source)
+        else:
+            raise BrokenImageError(f"{name}: neither a file name nor image data ({type(image).__name__})")
+        if max_pixels is not None and picture.width * picture.height > max_pixels:
+            raise BrokenImageError(
+                f"{name}: {picture.width} x {picture.height} is over the limit of {max_pixels:,} pixels"
+            )
+        return picture.convert("RGB")
+    except FileNotFoundError:
+        raise BrokenImageError(f"{name}: missing") from None
+    except UnidentifiedImageError:
+        raise BrokenImageError(f"{name}: not a picture") from None
+    except Image.DecompressionBombError:
+        raise BrokenImageError(f"{name}: too many pixels to decode safely") from None
+    except (OSError, SyntaxError, EOFError) as error:
+        raise BrokenImageError(f"{name}: cannot be decoded ({error})") from None

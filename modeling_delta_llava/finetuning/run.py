@@ -1,0 +1,200 @@
+"""One training run, from its arguments to the saved folder."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from ..errors import UserError
+from .arguments import RunArguments, load_arguments
+from .check_data import check_data
+from .checkpoints import checkpoint_to_resume
+from .collator import DeltaLlavaCollator
+from .data import ConversationDataset, StreamedDataset, check_rows, load_rows, missing_images
+from .parts import set_trained, with_lora
+from .samplers import budget_draw
+from .start import BASE_FOLDER, check_budgets, compose, load_model, load_processor, local_folder, read_model_config
+from .text import ConversationEncoder
+from .trainer import DeltaLlavaTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def finetune(config: str, overrides: list[str] | None = None) -> Path | None:
+    """Trains as a YAML file and `--key value` overrides say; the work behind `delta-llava finetune`.
+
+    Args:
+        config: path of a YAML file, or the name of a packaged recipe.
+        overrides: arguments such as `["--learning_rate", "2e-5"]`.
+    Returns:
+        The folder with the trained model, or None after `--check_data`.
+    Raises:
+        UserError: anything the user can mend, before the first step wherever it can be known then.
+    """
+    return run(load_arguments(config, overrides or []))
+
+
+def run(arguments: RunArguments) -> Path | None:
+    """[`finetune`] for arguments that are already built."""
+    set_up_logging(arguments)
+    try:
+        if arguments.check_data:
+            print(check_data(arguments))
+            return None
+        trainer, checkpoint = prepare(arguments)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        trainer.save_state()
+        trainer.save_model()
+    except UserError as error:
+        # What a worker raises carries its traceback in the message; the last line is the message itself.
+        last_line = str(error).strip().split("\n")[-1]
+        raise UserError(last_line.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")) from error
+    if trainer.skipped:
+        logger.warning(
+            "%d rows were left out: %s", sum(trainer.skipped.values()), "; ".join(list(trainer.skipped)[:5])
+        )
+    return Path(arguments.training.output_dir)
+
+
+def set_up_logging(arguments: RunArguments) -> None:
+    """Logs this package's messages as transformers logs its own: at the run's level, on the main process."""
+    level = arguments.training.get_process_log_level()
+    transformers.utils.logging.set_verbosity(level)
+    package_logger = logging.getLogger(__package__)
+    package_logger.setLevel(min(level, logging.INFO) if arguments.training.process_index == 0 else logging.ERROR)
+    if not package_logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        package_logger.addHandler(handler)
+        package_logger.propagate = False
+
+
+def model_folder(arguments: RunArguments) -> Path:
+    """The Delta-LLaVA folder that the run starts from; composed from its parts, by the main process, if need be."""
+    model, training = arguments.model, arguments.training
+    if model.model is not None:
+        return local_folder(model.model, "model", model.model_revision)
+    folder = Path(training.output_dir) / BASE_FOLDER
+    with training.main_process_first(local=False, desc="joining language model and vision tower"):
+        if training.process_index == 0:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            compose(folder, model, arguments.data, seed=training.seed)
+    return folder
+
+
+def folder_of(name: str | None) -> Path | None:
+    """An existing folder of pictures.
+
+    Raises:
+        UserError: it does not exist.
+    """
+    if name is None:
+        return None
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"image_folder: {folder} is no folder; give the folder that image names are relative to")
+    return folder
+
+
+def open_dataset(arguments: RunArguments, encoder: ConversationEncoder, evaluation: bool = False) -> Any:
+    """The training (or evaluation) dataset, its rows checked and its picture files looked for.
+
+    Raises:
+        UserError: the file, a row or a picture cannot be used.
+    """
+    data, training = arguments.data, arguments.training
+    path = data.eval_data_path if evaluation else data.data_path
+    image_folder = folder_of((data.eval_image_folder or data.image_folder) if evaluation else data.image_folder)
+    streaming = data.streaming and not evaluation
+    rows = load_rows(path, data.eval_split if evaluation else data.split, streaming=streaming)
+    if not streaming:
+        rows, bad = check_rows(rows, data.on_bad_row)
+        for message in bad:
+            logger.warning("left out: %s", message)
+        if data.look_for_images and training.process_index == 0:
+            missing = missing_images(rows, image_folder)
+            if missing and data.on_broken_image == "stop":
+                raise UserError(
+                    f"{path}: {len(missing)} image files are missing, such as {missing[0]}; check --image_folder, or "
+                    "pass --on_broken_image skip to leave their rows out"
+                )
+            if missing:
+                logger.warning("%d image files are missing, such as %s", len(missing), missing[0])
+    dataset = ConversationDataset(
+        rows,
+        encoder,
+        image_folder=image_folder,
+        on_broken_image=data.on_broken_image,
+        max_image_pixels=data.max_image_pixels,
+    )
+    if not streaming:
+        return dataset
+    return StreamedDataset(
+        rows,
+        dataset,
+        name=path,
+        block_size=training.per_device_train_batch_size * training.world_size,
+        accumulation=training.gradient_accumulation_steps,
+        num_workers=training.dataloader_num_workers,
+        draw_budget=budget_draw(training),
+        on_bad_row=data.on_bad_row,
+    )
+
+
+def prepare(arguments: RunArguments) -> tuple[DeltaLlavaTrainer, Path | None]:
+    """Everything before the first step: settings and data checked, model loaded and frozen, trainer built.
+
+    Returns:
+        The trainer, and the checkpoint to resume from, if any.
+    """
+    model_arguments, data, training = arguments.model, arguments.data, arguments.training
+    output_dir = Path(training.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"output_dir: {output_dir} is a file; give a folder")
+    checkpoint = checkpoint_to_resume(training.resume_from_checkpoint, output_dir, arguments.settings)
+    load_rows_early(arguments)
+
+    folder = model_folder(arguments)
+    config = read_model_config(folder)
+    check_budgets(config, training.visual_token_budgets)
+    check_budgets(config, [model_arguments.num_visual_tokens] if model_arguments.num_visual_tokens else None)
+    processor = load_processor(folder, model_arguments, data)
+    encoder = ConversationEncoder(processor, data.format)
+    train_dataset = open_dataset(arguments, encoder)
+    eval_dataset = open_dataset(arguments, encoder, evaluation=True) if data.eval_data_path is not None else None
+
+    model = load_model(folder, model_arguments, training)
+    set_trained(model, model_arguments)
+    if model_arguments.lora_rank:
+        model = with_lora(model, model_arguments, gradient_checkpointing=bool(training.gradient_checkpointing))
+        model.peft_config["default"].base_model_name_or_path = model_arguments.model or str(folder)
+    trainer = DeltaLlavaTrainer(
+        model=model,
+        args=training,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=DeltaLlavaCollator(processor, data.max_length),
+        processing_class=processor,
+        settings=arguments.settings,
+        card={
+            "model": model_arguments.model,
+            "language_model": model_arguments.language_model,
+            "vision_tower": model_arguments.vision_tower,
+            "data": data.data_path,
+            "format": data.format,
+            "rows": "streamed" if data.streaming else f"{len(train_dataset):,}",
+        },
+    )
+    return trainer, checkpoint
+
+
+def load_rows_early(arguments: RunArguments) -> None:
+    """Fails on a missing data file or picture folder before a model is downloaded or composed."""
+    data = arguments.data
+    for path in (data.data_path, data.eval_data_path):
+        if path is not None and path.endswith((".json", ".jsonl")) and not Path(path).expanduser().is_file():
+            raise UserError(f"{path}: no such data file; pass an existing LLaVA JSON or JSONL")
+    folder_of(data.image_folder)
+    folder_of(data.eval_image_folder)

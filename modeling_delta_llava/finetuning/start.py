@@ -1,0 +1,319 @@
+"""What a run starts from: a Delta-LLaVA folder, or a language model and a vision tower joined by a new projector."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+
+from ..building import backbone_chat_template, build_processor, load_tokenizer, read_chat_template
+from ..configuration_delta_llava import DeltaLlavaConfig
+from ..errors import UserError
+from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProjector
+from ..processing_delta_llava import DeltaLlavaProcessor
+from .arguments import DataArguments, DeltaLlavaTrainingArguments, ModelArguments
+from .parts import NOT_QUANTIZED, PROJECTOR_MODULE
+
+logger = logging.getLogger(__name__)
+
+# A name with a leading underscore: `Trainer.push_to_hub` leaves such files out.
+BASE_FOLDER = "_base"
+SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+WEIGHT_FILES = ["*.safetensors", "*.bin"]
+
+
+def local_folder(name: str, what: str, revision: str | None = None, weights: bool = True) -> Path:
+    """The folder of a model: the path itself, or a download from the Hub.
+
+    Raises:
+        UserError: neither is there; `what` names the setting.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or name.startswith(("./", "../", "~")):
+        raise UserError(f"{what}: {name} is no folder; give an existing folder or a Hub repo as --{what}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = SMALL_FILES + (WEIGHT_FILES if weights else [])
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the Hub client and its HTTP library raise many classes
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{what}: {name} is neither a folder nor a Hub repo that can be read ({reason})") from None
+
+
+def read_config(folder: Path, what: str) -> Any:
+    """The config in a folder.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    try:
+        return AutoConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{what}: {folder} has no readable config.json ({reason})") from None
+
+
+@dataclass(frozen=True)
+class BaseParts:
+    """What is known of a language model and a tower without their weights, and the processor of both together."""
+
+    text_folder: Path
+    vision_folder: Path
+    config: DeltaLlavaConfig
+    processor: DeltaLlavaProcessor
+
+
+def read_base_parts(model: ModelArguments, data: DataArguments, weights: bool = True) -> BaseParts:
+    """Reads the configs and tokenizer of `language_model` and `vision_tower`.
+
+    Args:
+        model: names the two and the projector's config fields.
+        data: its format decides the chat template, its aspect ratio the padding.
+        weights: whether a download from the Hub includes the weights.
+    Raises:
+        UserError: one of them cannot be read, or they do not go together.
+    """
+    text_folder = local_folder(model.language_model, "language_model", weights=weights)
+    vision_folder = local_folder(model.vision_tower, "vision_tower", weights=weights)
+    text_config = read_config(text_folder, "language_model")
+    vision_config = read_config(vision_folder, "vision_tower")
+    vision_config = getattr(vision_config, "vision_config", vision_config)
+    if text_config.model_type == DeltaLlavaConfig.model_type:
+        raise UserError(f"language_model: {model.language_model} is a whole Delta-LLaVA; pass it as --model")
+    tokenizer, image_token = load_tokenizer(text_folder, text_config.model_type)
+    image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+    text_config.vocab_size = max(text_config.vocab_size, image_token_id + 1)
+    try:
+        config = DeltaLlavaConfig(
+            vision_config=vision_config,
+            text_config=text_config,
+            image_token_id=image_token_id,
+            num_visual_tokens=model.num_visual_tokens,
+            **model.projector,
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the projector cannot be built: {' '.join(str(error).split())}") from None
+    preprocessor_file = vision_folder / "preprocessor_config.json"
+    preprocessor = json.loads(preprocessor_file.read_text(encoding="utf-8")) if preprocessor_file.is_file() else None
+    if data.format == "v1":
+        template = read_chat_template("vicuna_v1", image_token)
+    else:
+        template = backbone_chat_template(tokenizer, image_token)
+    processor = build_processor(
+        config, tokenizer, image_token, preprocessor, data.image_aspect_ratio, chat_template=template
+    )
+    return BaseParts(text_folder, vision_folder, config, processor)
+
+
+def compose(folder: Path, model: ModelArguments, data: DataArguments, seed: int = 0) -> Path:
+    """Writes a Delta-LLaVA Hub folder with the weights of a language model and a tower, and a new projector.
+
+    Args:
+        folder: what is written; kept as it is when it is already there.
+        model, data: see [`read_base_parts`].
+        seed: seed of the new projector.
+    Raises:
+        UserError: one of the two cannot be read, or they do not go together.
+    """
+    if (folder / "config.json").is_file():
+        return folder
+    parts = read_base_parts(model, data)
+    try:
+        with torch.device("meta"):
+            tower_class = type(AutoModel.from_config(parts.config.vision_config))
+        language_model = AutoModelForCausalLM.from_pretrained(str(parts.text_folder), dtype="auto")
+        tower = tower_class.from_pretrained(str(parts.vision_folder), dtype="auto")
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{model.language_model} with {model.vision_tower} cannot be loaded ({reason})") from None
+    if language_model.get_input_embeddings().num_embeddings < parts.config.text_config.vocab_size:
+        append_rows(language_model, parts.config.text_config.vocab_size)
+
+    composed = join(parts.config, language_model, tower, seed)
+    tokenizer = parts.processor.tokenizer
+    composed.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=[parts.config.image_token_id],
+    )
+    unfinished = folder.with_name(f"{folder.name}-unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    composed.save_pretrained(unfinished)
+    parts.processor.save_pretrained(unfinished)
+    unfinished.rename(folder)
+    return folder
+
+
+def append_rows(language_model: Any, rows: int) -> None:
+    """Grows the vocabulary to `rows`; new rows are the mean of the old ones, which never wins a prediction."""
+    old = language_model.get_input_embeddings().num_embeddings
+    language_model.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for embedding in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
+            embedding.weight[old:] = embedding.weight[:old].float().mean(0).to(embedding.weight.dtype)
+
+
+def join(
+    config: DeltaLlavaConfig, language_model: Any, tower: torch.nn.Module, seed: int
+) -> DeltaLlavaForConditionalGeneration:
+    """A model that holds the given parts (not copies of them) and a newly initialised projector."""
+    with torch.device("meta"):
+        model = DeltaLlavaForConditionalGeneration(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        projector = DeltaLlavaProjector(config)
+        for module in projector.modules():
+            model._init_weights(module)
+    model.model.multi_modal_projector = projector
+    model.model.vision_tower = tower
+    model.model.language_model = language_model.base_model
+    model.lm_head = language_model.get_output_embeddings()
+    return model
+
+
+@contextmanager
+def kept_in_fp32(modules: set[str]) -> Iterator[None]:
+    """While active, `from_pretrained` keeps these modules in fp32 whatever dtype is asked for."""
+    previous = DeltaLlavaForConditionalGeneration._keep_in_fp32_modules_strict
+    DeltaLlavaForConditionalGeneration._keep_in_fp32_modules_strict = modules
+    try:
+        yield
+    finally:
+        DeltaLlavaForConditionalGeneration._keep_in_fp32_modules_strict = previous
+
+
+def uses_deepspeed(training: DeltaLlavaTrainingArguments) -> bool:
+    return training.deepspeed is not None or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+
+
+def uses_fsdp(training: DeltaLlavaTrainingArguments) -> bool:
+    return bool(training.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+
+
+def fp32_modules(model: ModelArguments, training: DeltaLlavaTrainingArguments) -> tuple[torch.dtype, set[str]]:
+    """The dtype to load in, and the modules that stay in fp32.
+
+    Trained weights are kept in fp32, because an update of 1e-3 of a weight is lost in bf16; frozen ones follow the
+    compute dtype. DeepSpeed keeps fp32 copies itself, and FSDP shards only what has one dtype.
+    """
+    if not training.bf16 or uses_fsdp(training):
+        return torch.float32, set()
+    if uses_deepspeed(training):
+        return torch.bfloat16, set()
+    trained = {
+        PROJECTOR_MODULE: model.train_projector,
+        "language_model": model.train_language_model,
+        "lm_head": model.train_language_model,
+        "vision_tower": model.train_vision_tower,
+    }
+    return torch.bfloat16, {name for name, is_trained in trained.items() if is_trained}
+
+
+def quantization_config(model: ModelArguments, training: DeltaLlavaTrainingArguments) -> BitsAndBytesConfig | None:
+    """How bitsandbytes loads the language model; tower, projector and head are never quantised."""
+    if model.quantization == "none":
+        return None
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise UserError(
+            f"quantization: {model.quantization} needs the `bitsandbytes` package; pip install bitsandbytes"
+        ) from None
+    if model.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=NOT_QUANTIZED)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if training.bf16 else torch.float32,
+        llm_int8_skip_modules=NOT_QUANTIZED,
+    )
+
+
+def load_processor(folder: Path, model: ModelArguments, data: DataArguments) -> DeltaLlavaProcessor:
+    """The processor in a Delta-LLaVA folder, with the run's budget and picture padding.
+
+    Raises:
+        UserError: the folder has no processor.
+    """
+    try:
+        processor = DeltaLlavaProcessor.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"model: {folder} has no usable processor ({reason}); convert the checkpoint again") from None
+    processor.image_processor.do_pad = data.image_aspect_ratio == "pad"
+    if model.num_visual_tokens is not None:
+        processor.num_visual_tokens = model.num_visual_tokens
+    if data.format == "v1":
+        processor.chat_template = read_chat_template("vicuna_v1", processor.image_token)
+    return processor
+
+
+def read_model_config(folder: Path) -> DeltaLlavaConfig:
+    """The config of a Delta-LLaVA folder.
+
+    Raises:
+        UserError: the folder holds another kind of model, or an adapter.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"model: {folder} is a LoRA adapter; merge it first with `delta-llava convert`")
+    config = read_config(folder, "model")
+    if config.model_type != DeltaLlavaConfig.model_type:
+        raise UserError(
+            f"model: {folder} is a {config.model_type} model, no Delta-LLaVA; pass it as --language_model with a "
+            "--vision_tower, or convert a training checkpoint with `delta-llava convert`"
+        )
+    return config
+
+
+def check_budgets(config: DeltaLlavaConfig, budgets: list[int] | None) -> None:
+    """Raises `UserError` when a budget is not possible on the model's patch grid."""
+    for budget in budgets or []:
+        if budget not in config.legal_num_visual_tokens:
+            raise UserError(
+                f"visual token budget {budget} is not possible on a {config.grid_size} x {config.grid_size} grid; "
+                f"choose from {', '.join(map(str, config.legal_num_visual_tokens))}"
+            )
+
+
+def load_model(
+    folder: Path, model: ModelArguments, training: DeltaLlavaTrainingArguments
+) -> DeltaLlavaForConditionalGeneration:
+    """The model in a Delta-LLaVA folder, in the dtypes that training needs.
+
+    Raises:
+        UserError: weights are missing, or cannot be read.
+    """
+    dtype, modules = fp32_modules(model, training)
+    quantization = quantization_config(model, training)
+    settings: dict[str, Any] = {}
+    if quantization is not None:
+        settings["quantization_config"] = quantization
+        settings["device_map"] = {"": training.device}
+    if model.attn_implementation is not None:
+        settings["attn_implementation"] = model.attn_implementation
+    try:
+        with kept_in_fp32(modules):
+            loaded, report = DeltaLlavaForConditionalGeneration.from_pretrained(
+                str(folder), dtype=dtype, output_loading_info=True, **settings
+            )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"model: {folder} cannot be loaded ({reason})") from None
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(f"model: {folder} lacks {len(missing)} weights, such as {missing[0]}; convert it again")
+    if model.num_visual_tokens is not None:
+        loaded.config.num_visual_tokens = model.num_visual_tokens
+    return loaded

@@ -1,0 +1,198 @@
+"""Ids and labels of conversations, and their expansion to visual tokens."""
+
+import types
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling_delta_llava.errors import UserError
+from modeling_delta_llava.finetuning.rows import parse_row
+from modeling_delta_llava.finetuning.text import IGNORED_LABEL, ConversationEncoder, EncodedText, expand
+from tests import tiny
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions."
+)
+IMAGE = -200
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["legacy", "not legacy"])
+def chat(request, tmp_path_factory):
+    """A processor and an oracle: the slow sentencepiece tokenizer applied to each chunk between images."""
+    import sentencepiece
+
+    from tests.training_layout import sentencepiece_model
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    processor = tiny.tiny_processor(folder, tiny.tiny_config(), legacy=request.param)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
+
+    def chunk(text):
+        """The slow tokenizer: special tokens split the text; behind them, legacy adds the dummy space again."""
+        ids = []
+        for place, part in enumerate(text.split("</s>")):
+            if place:
+                ids.append(pieces.eos_id())
+            if not part:
+                continue
+            if place == 0 or request.param:
+                ids += pieces.encode(part)
+            else:  # no dummy space: encode behind a newline, which cannot merge, and take that off again
+                ids += pieces.encode("\n" + part)[len(pieces.encode("\n")) :]
+        return ids
+
+    return processor, chunk
+
+
+def released_ids(turns, chunk, bos=1):
+    """Ids as LLaVA's training makes them: every chunk between images is tokenised on its own."""
+    text = SYSTEM + " " + "".join(f"USER: {question} ASSISTANT: {answer}</s>" for question, answer in turns)
+    ids = [bos]
+    for place, part in enumerate(text.split("<image>")):
+        if place:
+            ids.append(IMAGE)
+        if part:
+            ids += chunk(part)
+    return ids
+
+
+TURNS = {
+    "one turn": [("<image>\nWhat is in the image?", "A cat.")],
+    "two turns": [("<image>\nWhat is in the image?", "A cat."), ("What colour?", "Black and white.")],
+    "text only": [("Name the capital.", "Paris.")],
+    "short answers": [("<image>\nAre there people?", "Yes"), ("How many?", "3")],
+    "only an image": [("<image>", "A cat.")],
+    "spaces and code": [("<image>\nTranscribe   the code:", "def f(x):\n    return x\t+ 1\n")],
+    "other scripts": [("<image>\n这是什么？ Опиши 🐈", "кошка 🐈.")],
+}
+
+
+@pytest.mark.parametrize("turns", TURNS.values(), ids=TURNS.keys())
+def test_vicuna_rows_equal_the_released_preprocessing(chat, turns):
+    processor, chunk = chat
+    row = {"conversations": []}
+    for question, answer in turns:
+        row["conversations"] += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    if "<image>" in turns[0][0]:
+        row["image"] = "a.png"
+    encoded = ConversationEncoder(processor, "v1").encode(parse_row(row).messages)
+    ids = [IMAGE if token == processor.image_token_id else token for token in encoded.input_ids]
+    assert ids == released_ids(turns, chunk)
+    learned = [token for token in encoded.labels if token != IGNORED_LABEL]
+    answers = "".join(
+        processor.tokenizer.decode(part).strip(" ") for part in split_after(learned, processor.tokenizer.eos_token_id)
+    )
+    assert answers == "".join(answer + "</s>" for _, answer in turns)
+    kept = [token for token, label in zip(encoded.input_ids, encoded.labels, strict=True) if label != IGNORED_LABEL]
+    assert kept == learned
+
+
+def split_after(tokens, end):
+    parts, current = [], []
+    for token in tokens:
+        current.append(token)
+        if token == end:
+            parts.append(current)
+            current = []
+    return parts + ([current] if current else [])
+
+
+def test_plain_rows_are_image_caption_newline(chat):
+    processor, chunk = chat
+    row = {
+        "image": "a.png",
+        "conversations": [
+            {"from": "human", "value": "Give a summary.\n<image>"},
+            {"from": "gpt", "value": "the pope's visit , in colour ."},
+        ],
+    }
+    encoded = ConversationEncoder(processor, "plain").encode(parse_row(row).messages)
+    caption = chunk("the pope's visit , in colour .\n")
+    assert encoded.input_ids == [1, processor.image_token_id, *caption]
+    assert encoded.labels == [IGNORED_LABEL, IGNORED_LABEL, *caption]
+
+
+def test_expanded_ids_equal_the_processors(processor):
+    """Training sees the ids that inference sees, at every budget and with several pictures."""
+    messages = parse_row(
+        {
+            "image": ["a", "b"],
+            "conversations": [
+                {"from": "human", "value": "<image><image>\nWhich is red?"},
+                {"from": "gpt", "value": "The first."},
+            ],
+        }
+    ).messages
+    encoded = ConversationEncoder(processor).encode(messages)
+    for budget in (16, 4, 1):
+        expected = processor(
+            images=[tiny.picture("red"), tiny.picture("blue")],
+            text=processor.apply_chat_template(messages),
+            num_visual_tokens=budget,
+        )["input_ids"]
+        row = expand(encoded, processor.image_token_id, budget, max_length=10_000)
+        assert row.input_ids == list(expected[0])
+        assert row.num_images == 2
+        assert not row.was_cut
+
+
+def test_other_backbones_learn_what_their_template_marks(tmp_path):
+    from modeling_delta_llava.building import build_processor, load_tokenizer
+    from tests.training_layout import TrainingLayout, write_tokenizer
+
+    write_tokenizer(tmp_path, TrainingLayout(text_model_type="qwen2"))
+    tokenizer, image_token = load_tokenizer(tmp_path, "qwen2")
+    config = tiny.tiny_config(decoder="qwen2", text={"vocab_size": len(tokenizer)}, image_token_id=5)
+    qwen = build_processor(config, tokenizer, image_token)
+    row = {
+        "image": "a",
+        "conversations": [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "Hello there"}],
+    }
+    encoded = ConversationEncoder(qwen).encode(parse_row(row).messages)
+    learned = [label for label in encoded.labels if label != IGNORED_LABEL]
+    assert qwen.tokenizer.decode(learned) == "Hello there<|im_end|>"
+    assert encoded.input_ids.count(qwen.image_token_id) == 1
+    plain = ConversationEncoder(qwen, "plain").encode(parse_row(row).messages)
+    assert plain.input_ids[0] == qwen.image_token_id
+    assert qwen.tokenizer.decode(plain.input_ids[1:]) == "Hello there\n"
+
+
+def test_tokenizer_and_template_are_checked(processor):
+    stub = types.SimpleNamespace(
+        tokenizer=types.SimpleNamespace(pad_token_id=None),
+        image_token="<image>",
+        image_token_id=5,
+        chat_template=processor.chat_template,
+    )
+    with pytest.raises(UserError, match="no pad token"):
+        ConversationEncoder(stub)
+    stub.tokenizer.pad_token_id = 0
+    stub.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(UserError, match=r"no {% generation %} marks"):
+        ConversationEncoder(stub)
+    stub.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        ConversationEncoder(stub)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    kinds=st.lists(st.booleans(), max_size=12),
+    budget=st.integers(1, 9),
+    max_length=st.integers(1, 60),
+)
+def test_a_cut_never_leaves_part_of_a_picture(kinds, budget, max_length):
+    image_id = 99
+    text = EncodedText([image_id if is_image else 7 for is_image in kinds], [7] * len(kinds))
+    row = expand(text, image_id, budget, max_length)
+    whole = expand(text, image_id, budget, 10**9)
+    assert len(row.input_ids) <= max_length
+    assert row.input_ids == whole.input_ids[: len(row.input_ids)]
+    assert row.input_ids.count(image_id) == row.num_images * budget
+    assert len(row.labels) == len(row.input_ids)
+    assert row.was_cut == (len(whole.input_ids) > max_length)
+    if row.was_cut:
+        following = whole.input_ids[len(row.input_ids)]
+        assert len(row.input_ids) + (budget if following == image_id else 1) > max_length

@@ -1,0 +1,429 @@
+"""What a training run computes: equal to a plain loop, to other splits of the batch, and to itself when resumed."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_delta_llava.errors import UserError
+from modeling_delta_llava.finetuning.checkpoints import UNFINISHED_FOLDER, last_finished_checkpoint
+from modeling_delta_llava.finetuning.parts import PROJECTOR, VISION_TOWER, count_parts, part_of
+from modeling_delta_llava.finetuning.run import prepare, run
+from modeling_delta_llava.modeling_delta_llava import DeltaLlavaForConditionalGeneration
+from modeling_delta_llava.processing_delta_llava import DeltaLlavaProcessor
+from tests import tiny
+from tests.finetuning.conftest import write_data
+
+
+def trained(arguments):
+    """Runs the training and gives the trainer back."""
+    trainer, checkpoint = prepare(arguments)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same_weights(first, second, **tolerance):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def plain_step(folder, rows, image_folder, rate):
+    """Loss, gradients and weights after one AdamW step, written out without Trainer, collator or encoder."""
+    processor = DeltaLlavaProcessor.from_pretrained(folder)
+    model = DeltaLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("vision_tower" not in name)
+    total, learned = 0.0, 0
+    for row in rows:
+        from PIL import Image
+
+        names = row.get("image", [])
+        pictures = [Image.open(image_folder / name) for name in ([names] if isinstance(names, str) else names)]
+        text = processor.tokenizer.bos_token
+        marks = []
+        system = (
+            "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+            "detailed, and polite answers to the user's questions. "
+        )
+        text += system
+        for place in range(0, len(row["conversations"]), 2):
+            question, answer = (turn["value"] for turn in row["conversations"][place : place + 2])
+            text += f"USER: {question} ASSISTANT:"
+            marks.append((len(text), len(text) + len(f" {answer}</s>")))
+            text += f" {answer}</s>"
+        encoding = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, labels = [], []
+        for token, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+            inside = any(low <= start and end <= high and end > start for low, high in marks)
+            width = processor.num_visual_tokens if token == processor.image_token_id else 1
+            ids += [token] * width
+            labels += [token if inside and width == 1 else -100] * width
+        inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64)}
+        if pictures:
+            inputs["pixel_values"] = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        logits = model(**inputs).logits[0, :-1]
+        targets = torch.tensor(labels[1:])
+        total = total + torch.nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=-100)
+        learned += int((targets != -100).sum())
+    loss = total / learned
+    loss.backward()
+    gradients = {name: item.grad.clone() for name, item in model.named_parameters() if item.grad is not None}
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer = torch.optim.AdamW([item for item in model.parameters() if item.requires_grad], lr=rate, weight_decay=0)
+    optimizer.step()
+    return loss.item(), gradients, weights(model)
+
+
+def test_one_step_equals_a_plain_loop(arguments, data_folder, exact_folder):
+    rows = json.loads((data_folder / "data.json").read_text())[:4]
+    trainer, _ = prepare(arguments(max_steps=1, train_sampling_strategy="sequential", lr_scheduler_type="constant"))
+    gradients = {}
+
+    class Keep(type(trainer.callback_handler.callbacks[0]).__mro__[1]):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            scale = 1 / max(1.0, trainer.grad_norm_of_step / args.max_grad_norm) if args.max_grad_norm else 1.0
+            gradients.update(
+                {name: item.grad / scale for name, item in model.named_parameters() if item.grad is not None}
+            )
+
+    original = trainer._clip_grad_norm
+
+    def clip(model):
+        trainer.grad_norm_of_step = float(original(model))
+        return trainer.grad_norm_of_step
+
+    trainer._clip_grad_norm = clip
+    trainer.add_callback(Keep())
+    trainer.train()
+    loss, expected_gradients, expected_weights = plain_step(exact_folder, rows, data_folder / "images", 1e-3)
+    assert losses(trainer)[0] == pytest.approx(loss, rel=1e-5)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-6, rtol=1e-3)
+    # AdamW's first step is the sign of the gradient: compare where a gradient is not mere rounding.
+    for name, value in weights(trainer.model).items():
+        clear = expected_gradients[name].abs() > 1e-6 if name in expected_gradients else slice(None)
+        torch.testing.assert_close(value[clear], expected_weights[name][clear], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"visual_token_budgets": [16, 4, 1]}, {"group_by_modality_length": True}])
+def test_batch_of_eight_equals_eight_batches_of_one(arguments, tmp_path, changes):
+    whole = trained(arguments(per_device_train_batch_size=8, output_dir=str(tmp_path / "a"), **changes))
+    split = trained(
+        arguments(
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=8,
+            output_dir=str(tmp_path / "b"),
+            **changes,
+        )
+    )
+    assert len(losses(whole)) == 2
+    assert losses(split) == pytest.approx(losses(whole), rel=1e-5)
+    assert_same_weights(weights(whole.model), weights(split.model), atol=1e-4, rtol=1e-3)
+
+
+STAGES = {
+    "stage 1": ({"train_language_model": False}, {PROJECTOR}),
+    "stage 2": ({}, {PROJECTOR, "language model"}),
+    "tower too": ({"train_vision_tower": True}, {PROJECTOR, "language model", VISION_TOWER}),
+}
+
+
+@pytest.mark.parametrize(("changes", "parts"), STAGES.values(), ids=STAGES.keys())
+def test_only_the_trained_parts_change_and_the_log_says_which(arguments, exact_folder, changes, parts, caplog):
+    before = weights(DeltaLlavaForConditionalGeneration.from_pretrained(exact_folder, dtype=torch.float32))
+    with caplog.at_level(logging.INFO, logger="modeling_delta_llava.finetuning"):
+        trainer = trained(arguments(gradient_checkpointing=True, **changes))
+    after = weights(trainer.model)
+    changed = {part_of(name) for name in before if not torch.equal(before[name], after[name])}
+    assert changed == parts
+    unread = [name for name in before if "vision_tower.encoder.layers.4" in name or "post_layernorm" in name]
+    assert unread
+    assert all(torch.equal(before[name], after[name]) for name in unread)
+    for count in count_parts(trainer.model):
+        assert (count.trained > 0) == (count.part in parts)
+        assert f"{count.trained:,} trained" in caplog.text
+
+
+def test_projector_has_its_own_learning_rate(arguments):
+    trainer, _ = prepare(arguments(projector_learning_rate=5e-4, max_steps=1))
+    trainer.create_optimizer()
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    rates = {names[id(item)]: group["lr"] for group in trainer.optimizer.param_groups for item in group["params"]}
+    assert {rate for name, rate in rates.items() if part_of(name) == PROJECTOR} == {5e-4}
+    assert {rate for name, rate in rates.items() if part_of(name) != PROJECTOR} == {1e-3}
+    assert len(rates) == sum(item.requires_grad for item in trainer.model.parameters())
+
+
+def test_learning_rate_of_the_projector_is_logged(arguments):
+    trainer = trained(arguments(projector_learning_rate=5e-4, lr_scheduler_type="constant"))
+    logged = [entry["projector_learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == [5e-4] * 4
+
+
+RESUMED = {
+    "fixed budget": {},
+    "elastic, grouped": {"visual_token_budgets": [16, 4, 1], "group_by_modality_length": True},
+    "accumulated": {
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+        "projector_learning_rate": 5e-4,
+    },
+}
+
+
+@pytest.mark.parametrize("changes", RESUMED.values(), ids=RESUMED.keys())
+@pytest.mark.parametrize("stop", [3, 4, 6])
+def test_resumed_equals_uninterrupted(arguments, tmp_path, stop, changes):
+    """Also with stochastic depth: the folder is one whose training is random."""
+    folder = tiny.write_hub_folder(tmp_path / "random", drop_path_rate=0.3)
+    common = {
+        "model": str(folder),
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "num_train_epochs": 2,
+        "dataloader_num_workers": 0,
+        **changes,
+    }
+    whole = trained(arguments(output_dir=str(tmp_path / "a"), **common))
+    assert whole.state.global_step == 8
+    interrupted = tmp_path / "b"
+    shutil.copytree(tmp_path / "a", interrupted)
+    for checkpoint in interrupted.glob("checkpoint-*"):
+        if int(checkpoint.name.split("-")[1]) > stop:
+            shutil.rmtree(checkpoint)
+    resumed = trained(arguments(output_dir=str(interrupted), resume_from_checkpoint="true", **common))
+    assert resumed.state.global_step == 8
+    assert losses(resumed) == losses(whole)
+    assert_same_weights(weights(whole.model), weights(resumed.model), atol=0, rtol=0)
+
+
+def test_a_run_in_place_is_not_overwritten_by_accident(arguments):
+    trained(arguments(save_strategy="steps", save_steps=2))
+    with pytest.raises(UserError, match=r"already holds checkpoint-4.*resume_from_checkpoint true"):
+        prepare(arguments(save_strategy="steps"))
+    with pytest.raises(UserError, match=r"belongs to another run: train_language_model differ"):
+        prepare(arguments(save_strategy="steps", resume_from_checkpoint="true", train_language_model=False))
+    _, checkpoint = prepare(arguments(save_strategy="steps", resume_from_checkpoint="auto"))
+    assert checkpoint.name == "checkpoint-4"
+
+
+def test_resuming_from_nothing(arguments, tmp_path):
+    with pytest.raises(UserError, match="no finished checkpoint"):
+        prepare(arguments(resume_from_checkpoint="true"))
+    with pytest.raises(UserError, match="give a checkpoint-N folder"):
+        prepare(arguments(resume_from_checkpoint=str(tmp_path)))
+    _, checkpoint = prepare(arguments(resume_from_checkpoint="auto"))
+    assert checkpoint is None
+
+
+def test_every_save_is_a_whole_hub_folder(arguments, data_folder):
+    settings = arguments(save_strategy="steps", save_steps=2, save_total_limit=1, visual_token_budgets=[16, 4])
+    folder = run(settings)
+    assert last_finished_checkpoint(folder).name == "checkpoint-4"
+    assert not (folder / "checkpoint-2").exists()
+    assert not (folder / UNFINISHED_FOLDER).exists()
+    for saved in (folder, folder / "checkpoint-4"):
+        processor = DeltaLlavaProcessor.from_pretrained(saved)
+        model = DeltaLlavaForConditionalGeneration.from_pretrained(saved)
+        assert model.config.trained_num_visual_tokens == [16, 4]
+        inputs = processor(images=[tiny.picture("red")], text="<image>\nWhat?", return_tensors="pt")
+        assert torch.isfinite(model(**inputs).logits).all()
+        assert (saved / "modeling_delta_llava.py").is_file()
+        card = (saved / "README.md").read_text()
+        assert "pipeline_tag: image-text-to-text" in card
+        assert "Visual tokens per image: 16, 4 of a 4 x 4 patch grid." in card
+        assert "| 4 |" in card
+        assert "Steps 4 of 4" in card
+        assert str(data_folder) not in card
+        assert str(folder) not in card
+
+
+def test_evaluation_runs_through_trainer(arguments, data_folder):
+    trainer = trained(arguments(eval_strategy="steps", eval_steps=2, eval_data_path=str(data_folder / "data.json")))
+    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(evaluated) == 2
+    assert evaluated[1] < evaluated[0]
+
+
+def test_compiled_training_computes_the_same(arguments, tmp_path):
+    plain = trained(arguments(max_steps=1, output_dir=str(tmp_path / "a")))
+    compiled = trained(arguments(max_steps=1, torch_compile_backend="eager", output_dir=str(tmp_path / "b")))
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "sgd", "adafactor"])
+def test_other_optimizers(arguments, optimizer):
+    trainer = trained(arguments(optim=optimizer, projector_learning_rate=1e-3))
+    assert all(loss > 0 for loss in losses(trainer))
+
+
+def test_bf16_keeps_trained_weights_in_fp32(arguments):
+    trainer, _ = prepare(arguments(bf16=True, train_language_model=False))
+    dtypes = {part_of(name): set() for name, _ in trainer.model.named_parameters()}
+    for name, parameter in trainer.model.named_parameters():
+        dtypes[part_of(name)].add(parameter.dtype)
+    assert dtypes == {
+        PROJECTOR: {torch.float32},
+        VISION_TOWER: {torch.bfloat16},
+        "language model": {torch.bfloat16},
+    }
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0] * 1.5
+
+
+def test_skipped_rows_are_counted_in_the_log(arguments, tmp_path):
+    file = write_data(tmp_path / "broken")
+    for name in ("0.png", "5.png"):
+        (tmp_path / "broken" / "images" / name).write_text("no picture")
+    trainer = trained(
+        arguments(
+            data_path=str(file),
+            image_folder=str(tmp_path / "broken" / "images"),
+            on_broken_image="skip",
+            num_train_epochs=2,
+        )
+    )
+    assert sum(entry.get("skipped_rows", 0) for entry in trainer.state.log_history) == 4
+    assert len(trainer.skipped) == 2
+    assert set(trainer.skipped.values()) == {2}
+    assert all(torch.isfinite(torch.tensor(loss)) for loss in losses(trainer))
+
+
+def test_padding_share_is_logged(arguments):
+    trainer = trained(arguments(per_device_train_batch_size=1))
+    assert [entry["padding_share"] for entry in trainer.state.log_history if "loss" in entry] == [0.0] * 16
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streaming_keeps_order_and_budgets(arguments, data_folder, tmp_path, workers):
+    rows = json.loads((data_folder / "data.json").read_text())
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    common = {"max_steps": 4, "visual_token_budgets": [16, 4, 1]}
+    in_order = trained(arguments(train_sampling_strategy="sequential", output_dir=str(tmp_path / "a"), **common))
+    streamed = trained(
+        arguments(
+            data_path=str(file),
+            streaming=True,
+            dataloader_num_workers=workers,
+            output_dir=str(tmp_path / "b"),
+            **common,
+        )
+    )
+    assert losses(streamed) == pytest.approx(losses(in_order), rel=1e-6)
+
+
+def test_workers_do_not_change_the_run(arguments, tmp_path):
+    alone = trained(arguments(output_dir=str(tmp_path / "a")))
+    helped = trained(arguments(dataloader_num_workers=2, output_dir=str(tmp_path / "b")))
+    assert losses(helped) == losses(alone)
+
+
+def test_composing_a_language_model_and_a_tower(arguments, tmp_path):
+    from tests.training_layout import TrainingLayout, write_base_model, write_tower
+
+    layout = TrainingLayout()
+    tensors = write_base_model(tmp_path / "llm", layout)
+    write_tower(tmp_path / "tower", layout)
+    folder = run(
+        arguments(
+            model=None,
+            language_model=str(tmp_path / "llm"),
+            vision_tower=str(tmp_path / "tower"),
+            train_language_model=False,
+            projector={"delta_rank": 8, "memory_feature_layers": [2, 4, 6, 7]},
+            num_visual_tokens=4,
+            format="v1",
+            image_aspect_ratio="square",
+        )
+    )
+    model = DeltaLlavaForConditionalGeneration.from_pretrained(folder)
+    assert model.config.delta_rank == 8
+    state = model.state_dict()
+    rows = tensors["model.embed_tokens.weight"].shape[0]
+    torch.testing.assert_close(
+        state["model.language_model.embed_tokens.weight"][:rows], tensors["model.embed_tokens.weight"]
+    )
+    torch.testing.assert_close(state["lm_head.weight"][:rows], tensors["lm_head.weight"])
+    assert state["lm_head.weight"].shape[0] == rows + 1
+    assert model.generation_config.suppress_tokens == [model.config.image_token_id]
+    processor = DeltaLlavaProcessor.from_pretrained(folder)
+    assert processor.image_processor.do_pad is False
+    continued = run(
+        arguments(model=str(folder), output_dir=str(Path(folder).with_name("stage2")), num_visual_tokens=4)
+    )
+    assert DeltaLlavaProcessor.from_pretrained(continued).image_processor.do_pad is True
+
+
+BAD_STARTS = {
+    "missing data": ({"data_path": "none.json"}, "no such data file"),
+    "missing pictures folder": ({"image_folder": "nowhere"}, "image_folder: nowhere is no folder"),
+    "missing model": ({"model": "./nothing"}, "model: ./nothing is no folder"),
+    "impossible budget": ({"visual_token_budgets": [16, 5]}, r"budget 5 is not possible.*16, 4, 1"),
+    "impossible default": ({"num_visual_tokens": 9}, r"budget 9 is not possible"),
+    "LoRA targets": (
+        {"lora_rank": 4, "train_language_model": False, "lora_target_modules": ["nope"]},
+        "no layer named nope",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "words"), BAD_STARTS.values(), ids=BAD_STARTS.keys())
+def test_bad_starts(arguments, changes, words):
+    with pytest.raises(UserError, match=words) as raised:
+        run(arguments(**changes))
+    assert "\n" not in str(raised.value)
+
+
+def test_bad_folders(arguments, tmp_path, hub_folder):
+    from transformers import LlamaConfig
+
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    with pytest.raises(UserError, match="is a llama model, no Delta-LLaVA"):
+        run(arguments(model=str(tmp_path / "llama")))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no readable config\.json"):
+        run(arguments(model=str(tmp_path / "empty")))
+    shutil.copytree(hub_folder, tmp_path / "cut")
+    (tmp_path / "cut" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="no usable processor"):
+        run(arguments(model=str(tmp_path / "cut")))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        run(arguments(output_dir=str(tmp_path / "file")))
+
+
+def test_missing_pictures_stop_before_the_first_step(arguments, tmp_path):
+    file = write_data(tmp_path / "broken")
+    (tmp_path / "broken" / "images" / "0.png").unlink()
+    changes = {"data_path": str(file), "image_folder": str(tmp_path / "broken" / "images")}
+    with pytest.raises(UserError, match=r"1 image files are missing, such as .*0\.png"):
+        run(arguments(**changes))
+    assert run(arguments(on_broken_image="skip", **changes)).is_dir()
+
+
+def test_a_broken_picture_in_a_worker_is_one_line(arguments, tmp_path):
+    file = write_data(tmp_path / "broken")
+    (tmp_path / "broken" / "images" / "0.png").write_text("no picture")
+    with pytest.raises(UserError, match=r"line 2 \(row 0\): image .*0\.png: not a picture") as raised:
+        run(
+            arguments(
+                data_path=str(file),
+                image_folder=str(tmp_path / "broken" / "images"),
+                dataloader_num_workers=1,
+            )
+        )
+    assert "\n" not in str(raised.value)
