@@ -1,0 +1,259 @@
+"""Image encoding and answering, against transformers' LLaVA around the same tower and language model.
+
+Both models live in one process and share the vision tower and the language model; only the projector differs:
+the fused Delta projector at every budget here, LLaVA-1.5's MLP at the full grid there. Weights are random: speed does
+not depend on them. Reported are
+
+* encoding: tower + projector, milliseconds per image;
+* time to first token, and how its ratio to LLaVA's compares with the ratio of their FLOPs;
+* decoding: tokens per second, also as a share of the bandwidth limit (bytes of weights that a step reads over the
+  measured copy bandwidth), and generated tokens per second of a whole answer (the curve of the paper's Section 6.5);
+* peak memory;
+* on a CUDA device, or with --compile: decoding with a static cache and torch.compile against eager decoding.
+"""
+
+import argparse
+import gc
+import statistics
+
+import torch
+from common import (
+    copy_bandwidth,
+    machine,
+    measure,
+    median_ms,
+    parser,
+    peak_memory,
+    print_table,
+    ratio,
+    reset_peak_memory,
+    start,
+    write_result,
+)
+from torch import nn
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from modeling_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
+from modeling_delta_llava.evaluation.backbones import LANGUAGE_MODELS, VISION_TOWERS, known_config
+from modeling_delta_llava.evaluation.counts import TextGeometry, closed_form, tower_flops
+
+GEOMETRIES = {
+    # Tower and projector as released; a language model small enough for any machine.
+    "small": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 12, "num_attention_heads": 16},
+    "7b": LANGUAGE_MODELS["lmsys/vicuna-7b-v1.5"],
+    "13b": LANGUAGE_MODELS["lmsys/vicuna-13b-v1.5"],
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def geometry(name: str) -> DeltaLlavaConfig:
+    if name == "7b":
+        return known_config("lmsys/vicuna-7b-v1.5")
+    if name == "13b":
+        return known_config("lmsys/vicuna-13b-v1.5")
+    text = {"model_type": "llama", "vocab_size": 32001, "num_key_value_heads": 16, **GEOMETRIES[name]}
+    tower = VISION_TOWERS["openai/clip-vit-large-patch14-336"]
+    return DeltaLlavaConfig(vision_config=dict(tower), text_config=text, image_token_id=32000)
+
+
+def fill(model: nn.Module, device: torch.device, dtype: torch.dtype):
+    """Replace meta tensors by small random values, a repeated block per matrix: memory speed, and no denormals."""
+    block = torch.randn(2**16 + 1, device=device).mul_(0.02).to(dtype)
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.is_meta:
+                values = torch.empty(weight.shape, device=device, dtype=dtype)
+                flat = values.view(-1)
+                for begin in range(0, flat.numel(), block.numel()):
+                    flat[begin : begin + block.numel()] = block[: flat.numel() - begin]
+                if weight.ndim == 1 and name == "weight":
+                    values.fill_(1.0)
+                setattr(module, name, nn.Parameter(values, requires_grad=False))
+
+
+def build(
+    config: DeltaLlavaConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[DeltaLlavaForConditionalGeneration, LlavaForConditionalGeneration]:
+    """A Delta-LLaVA and a native LLaVA that share tower, language model and head."""
+    with torch.device("meta"):
+        model = DeltaLlavaForConditionalGeneration(config).eval()
+        native = LlavaForConditionalGeneration(
+            LlavaConfig(
+                vision_config=config.vision_config,
+                text_config=config.text_config,
+                image_token_index=config.image_token_id,
+                vision_feature_layer=-2,
+                vision_feature_select_strategy="default",
+            )
+        ).eval()
+    fill(model, device, dtype)
+    # Tables that the modules compute for themselves when they are built.
+    model.model.language_model.rotary_emb = type(model.model.language_model.rotary_emb)(config.text_config).to(device)
+    embeddings = model.model.vision_tower.embeddings
+    embeddings.position_ids = torch.arange(embeddings.position_embedding.num_embeddings, device=device)[None]
+    native.model.vision_tower = model.model.vision_tower
+    native.model.language_model = model.model.language_model
+    native.lm_head = model.lm_head
+    fill(native, device, dtype)
+    model.fuse_projector()
+    for one in (model, native):
+        one.generation_config.pad_token_id = 0
+        one.generation_config.eos_token_id = None
+    return model, native
+
+
+def prompt(config: DeltaLlavaConfig, tokens: int, text_tokens: int, pixels: torch.Tensor) -> dict:
+    ids = torch.randint(5, config.image_token_id, (1, text_tokens), device=pixels.device)
+    image = torch.full((1, tokens), config.image_token_id, device=pixels.device)
+    input_ids = torch.cat([ids[:, :1], image, ids[:, 1:]], dim=1)
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "pixel_values": pixels}
+
+
+def generate(model: nn.Module, inputs: dict, new_tokens: int, **kwargs):
+    return model.generate(
+        **inputs, do_sample=False, min_new_tokens=new_tokens, max_new_tokens=new_tokens, pad_token_id=0, **kwargs
+    )
+
+
+def decode_rate(total: list[float], first: list[float], new_tokens: int) -> float:
+    return (new_tokens - 1) / (statistics.median(total) - statistics.median(first))
+
+
+@torch.no_grad()
+def run(arguments, device: torch.device) -> dict:
+    dtype = DTYPES[arguments.dtype]
+    config = geometry(arguments.geometry)
+    model, native = build(config, device, dtype)
+    size = config.vision_config.image_size
+    pixels = torch.randn(1, 3, size, size, device=device).to(dtype)
+    text_tokens, new_tokens = arguments.text_tokens, arguments.new_tokens
+    text = TextGeometry.of(config.text_config)
+    full = config.num_patches
+    mlp_flops = 2 * full * (config.vision_config.hidden_size * text.hidden_size + text.hidden_size**2)
+    native_flops = (
+        tower_flops(config, config.vision_config.num_hidden_layers)
+        + mlp_flops
+        + text.prefill_flops(text_tokens + full)
+    )
+    native_inputs = prompt(config, full, text_tokens, pixels)
+    head_and_layers = [model.model.language_model.layers, model.model.language_model.norm, model.lm_head]
+    weight_bytes = sum(weight.nbytes for module in head_and_layers for weight in module.parameters())
+    bandwidth = copy_bandwidth(device)
+    rows = []
+    for budget in arguments.budgets or config.legal_num_visual_tokens:
+        inputs = prompt(config, budget, text_tokens, pixels)
+        inputs["num_visual_tokens"] = torch.full((1,), budget, device=device)
+        counts = torch.tensor([budget])
+        encoding = measure(
+            {
+                "ours": lambda counts=counts: model.get_image_features(pixels, num_visual_tokens=counts),
+                "llava": lambda: native.get_image_features(
+                    pixels, vision_feature_layer=-2, vision_feature_select_strategy="default"
+                ),
+            },
+            device,
+            arguments.repeats,
+        )
+        first = measure(
+            {
+                "ours": lambda inputs=inputs: generate(model, inputs, 1),
+                "llava": lambda: generate(native, native_inputs, 1),
+            },
+            device,
+            arguments.repeats,
+            warmup=1,
+        )
+        reset_peak_memory(device)
+        answer = measure(
+            {"ours": lambda inputs=inputs: generate(model, inputs, new_tokens)},
+            device,
+            max(2, arguments.repeats // 2),
+            warmup=1,
+        )["ours"]
+        memory = peak_memory(device)
+        ours = closed_form(config, budget, text_tokens, 1, fused=True)
+        first_ratio = ratio(first["llava"], first["ours"])
+        tokens_per_second = decode_rate(answer, first["ours"], new_tokens)
+        row = {
+            "num_visual_tokens": budget,
+            "encoding_ms": {name: median_ms(times) for name, times in encoding.items()},
+            "encoding_llava_over_ours": ratio(encoding["llava"], encoding["ours"]),
+            "time_to_first_token_ms": {name: median_ms(times) for name, times in first.items()},
+            "time_to_first_token_llava_over_ours": first_ratio,
+            "flops_llava_over_ours": round(native_flops / ours.total, 3),
+            "time_ratio_over_flops_ratio": round(first_ratio / (native_flops / ours.total), 3),
+            "decode_tokens_per_s": round(tokens_per_second, 2),
+            "decode_share_of_bandwidth_limit": round(tokens_per_second * weight_bytes / bandwidth, 3),
+            "answer_tokens_per_s": round(new_tokens / statistics.median(answer), 2),
+            "peak_memory_mib": memory,
+        }
+        if arguments.compile:
+            row["compiled_decode_tokens_per_s"] = compiled_rate(model, inputs, new_tokens, device, arguments.repeats)
+        rows.append(row)
+        gc.collect()
+    reset_peak_memory(device)
+    answer = measure(
+        {"llava": lambda: generate(native, native_inputs, new_tokens)},
+        device,
+        max(2, arguments.repeats // 2),
+        warmup=1,
+    )["llava"]
+    llava = {
+        "answer_tokens_per_s": round(new_tokens / statistics.median(answer), 2),
+        "peak_memory_mib": peak_memory(device),
+    }
+    return {
+        "copy_bandwidth_gb_per_s": round(bandwidth / 1e9, 1),
+        "weight_gb_read_per_step": round(weight_bytes / 1e9, 3),
+        "llava_576": llava,
+        "rows": rows,
+    }
+
+
+def compiled_rate(model: nn.Module, inputs: dict, new_tokens: int, device: torch.device, repeats: int) -> float:
+    """Tokens per second of decoding with a static cache, which lets `generate` compile the decoding step."""
+    static = {"cache_implementation": "static"}
+    first = measure({"": lambda: generate(model, inputs, 1, **static)}, device, repeats, warmup=1)[""]
+    answer = measure({"": lambda: generate(model, inputs, new_tokens, **static)}, device, repeats, warmup=2)[""]
+    return round(decode_rate(answer, first, new_tokens), 2)
+
+
+def main():
+    arguments_parser = parser(__doc__, "end_to_end")
+    arguments_parser.add_argument("--geometry", choices=GEOMETRIES, default="small", help="language model")
+    arguments_parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    arguments_parser.add_argument("--budgets", nargs="+", type=int, default=None, help="[every legal one]")
+    arguments_parser.add_argument("--text-tokens", type=int, default=68)
+    arguments_parser.add_argument("--new-tokens", type=int, default=30)
+    arguments_parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=torch.cuda.is_available(),
+        help="also decode with a static cache and torch.compile",
+    )
+    arguments = arguments_parser.parse_args()
+    arguments.name = f"{arguments.name}-{arguments.geometry}"
+    device = start(arguments)
+    about = machine(device)
+    results = run(arguments, device)
+    write_result(arguments, device, about, results)
+    print_table(
+        ["V", "encode ms", "LLaVA ms", "x", "first token ms", "LLaVA ms", "x", "x FLOPs", "decode tok/s", "MiB"],
+        [
+            [
+                row["num_visual_tokens"],
+                *row["encoding_ms"].values(),
+                row["encoding_llava_over_ours"],
+                *row["time_to_first_token_ms"].values(),
+                row["time_to_first_token_llava_over_ours"],
+                row["flops_llava_over_ours"],
+                row["decode_tokens_per_s"],
+                row["peak_memory_mib"],
+            ]
+            for row in results["rows"]
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""The projector at every budget: fused and plain, against the released computation and a LLaVA-1.5 MLP.
+
+Forward in inference (batch sizes 1 and 4) and forward + backward in training (batch size 1), fp32 and bf16. Each
+forward also as shares of two limits measured in the same run:
+
+* `share_of_its_products`: time that the matrix products, convolutions and attentions which the fused projector still
+  runs take one by one, with nothing between them, over the time of the whole projector;
+* `share_of_peak`: its FLOP/s over those of a large square matrix product.
+"""
+
+import copy
+import gc
+
+import torch
+from common import (
+    machine,
+    matmul_rate,
+    measure,
+    median_ms,
+    parser,
+    print_table,
+    ratio,
+    start,
+    synchronize,
+    write_result,
+)
+from released_projector import ReleasedProjector
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from modeling_delta_llava import DeltaLlavaConfig
+from modeling_delta_llava.evaluation.counts import projector_flops
+from modeling_delta_llava.modeling_delta_llava import DeltaLlavaProjector
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product")
+
+
+class ProductRecorder(TorchDispatchMode):
+    """Records every matrix product, convolution and attention with its arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = function.__name__.split(".")[0]
+        if name in PRODUCTS or name.startswith("_scaled_dot_product"):
+            self.products.append((function, args, kwargs))
+        return function(*args, **kwargs)
+
+
+class LlavaMLP(nn.Sequential):
+    """LLaVA-1.5's projector: two Linears with a GELU between them."""
+
+    def __init__(self, channels: int, text_channels: int):
+        super().__init__(nn.Linear(channels, text_channels), nn.GELU(), nn.Linear(text_channels, text_channels))
+
+
+def random_projector(config: DeltaLlavaConfig, device: torch.device) -> DeltaLlavaProjector:
+    """A projector with weights of the scale that training gives them, LayerNorms and biases included."""
+    projector = DeltaLlavaProjector(config).eval()
+    with torch.no_grad():
+        for name, weight in projector.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                weight.normal_(1.0, 0.1)
+            elif name.endswith("bias"):
+                weight.normal_(0.0, 0.05)
+            else:
+                weight.normal_(0.0, weight[0].numel() ** -0.5)
+    return projector.to(device)
+
+
+def product_seconds(function, device: torch.device, repeats: int) -> float:
+    """Time of the products inside `function`, each repeated alone; the best of the rounds."""
+    with ProductRecorder() as recorder:
+        function()
+    total = 0.0
+    for product, args, kwargs in recorder.products:
+        total += min(measure({"": lambda p=product, a=args, k=kwargs: p(*a, **k)}, device, repeats)[""])
+    return total
+
+
+def forward_row(projector, released, mlp, inputs, budget, scale, flops, peak, device, repeats) -> dict:
+    batch_size = inputs[0].shape[0]
+    fused = copy.deepcopy(projector)
+    fused.fuse()
+    functions = {
+        "released": lambda: released(*inputs, scale),
+        "plain": lambda: projector(*inputs, scale),
+        "fused": lambda: fused(*inputs, scale),
+        "mlp_576": lambda: mlp(inputs[0]),
+    }
+    with torch.no_grad():
+        error = (fused(*inputs, scale) - released(*inputs, scale)).float().norm()
+        error = (error / released(*inputs, scale).float().norm()).item()
+        times = measure(functions, device, repeats)
+        products = product_seconds(functions["fused"], device, repeats)
+    return {
+        "pass": "forward",
+        "num_visual_tokens": budget,
+        "batch_size": batch_size,
+        "median_ms": {name: median_ms(seconds) for name, seconds in times.items()},
+        "released_over_fused": ratio(times["released"], times["fused"]),
+        "released_over_plain": ratio(times["released"], times["plain"]),
+        "mlp_576_over_fused": ratio(times["mlp_576"], times["fused"]),
+        "fused_gflops": round(flops / 1e9, 3),
+        "share_of_its_products": round(products / min(times["fused"]), 3),
+        "share_of_peak": round(flops / min(times["fused"]) / peak, 3),
+        "relative_error": error,
+    }
+
+
+def training_row(projector, released, inputs, budget, scale, device, repeats) -> dict:
+    batch_size = inputs[0].shape[0]
+    ours, theirs = copy.deepcopy(projector).train(), copy.deepcopy(released).train()
+    gradient = torch.randn(batch_size, budget, projector.linear_2.out_features, device=device).to(inputs[0].dtype)
+
+    def step(module: nn.Module):
+        module.zero_grad(set_to_none=True)
+        module(*inputs, scale).backward(gradient)
+
+    times = measure({"released": lambda: step(theirs), "plain": lambda: step(ours)}, device, repeats)
+    return {
+        "pass": "forward_backward",
+        "num_visual_tokens": budget,
+        "batch_size": batch_size,
+        "median_ms": {name: median_ms(seconds) for name, seconds in times.items()},
+        "released_over_plain": ratio(times["released"], times["plain"]),
+    }
+
+
+def main():
+    arguments_parser = parser(__doc__, "projector")
+    arguments_parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
+    arguments_parser.add_argument("--budgets", nargs="+", type=int, default=None, help="[every legal one]")
+    arguments_parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4])
+    arguments_parser.add_argument("--text-hidden-size", type=int, default=4096, help="width of the language model")
+    arguments_parser.add_argument("--skip-training", action="store_true", help="measure inference only")
+    arguments = arguments_parser.parse_args()
+    device = start(arguments)
+    about = machine(device)
+    config = DeltaLlavaConfig(text_config={"model_type": "llama", "hidden_size": arguments.text_hidden_size})
+    full_precision = random_projector(config, device)
+    budgets = arguments.budgets or config.legal_num_visual_tokens
+    peaks, rows = {}, []
+    for dtype_name in arguments.dtypes:
+        dtype = DTYPES[dtype_name]
+        peaks[dtype_name] = matmul_rate(device, dtype)
+        projector = copy.deepcopy(full_precision).to(dtype)
+        released = ReleasedProjector(projector).eval()
+        mlp = LlavaMLP(config.projector_hidden_size, arguments.text_hidden_size).to(device, dtype)
+        streams = len(config.memory_feature_layers)
+        for batch_size in arguments.batch_sizes:
+            inputs = [
+                torch.randn(batch_size, config.num_patches, width * config.vision_config.hidden_size, device=device)
+                for width in (1, streams)
+            ]
+            inputs = [stream.to(dtype) for stream in inputs]
+            for budget in budgets:
+                scale = config.scale_factor(budget)
+                flops = batch_size * projector_flops(config, budget, fused=True)
+                row = forward_row(
+                    projector,
+                    released,
+                    mlp,
+                    inputs,
+                    budget,
+                    scale,
+                    flops,
+                    peaks[dtype_name],
+                    device,
+                    arguments.repeats,
+                )
+                rows.append({"dtype": dtype_name, **row})
+                if batch_size == 1 and not arguments.skip_training:
+                    row = training_row(projector, released, inputs, budget, scale, device, arguments.repeats)
+                    rows.append({"dtype": dtype_name, **row})
+                gc.collect()
+        synchronize(device)
+    results = {"matmul_gflops": {name: round(rate / 1e9, 1) for name, rate in peaks.items()}, "rows": rows}
+    write_result(arguments, device, about, results)
+    print_table(
+        [
+            "dtype",
+            "pass",
+            "batch",
+            "V",
+            "released ms",
+            "plain ms",
+            "fused ms",
+            "x fused",
+            "x plain",
+            "products",
+            "peak",
+        ],
+        [
+            [
+                row["dtype"],
+                row["pass"],
+                row["batch_size"],
+                row["num_visual_tokens"],
+                *(row["median_ms"].get(name, "") for name in ("released", "plain", "fused")),
+                row.get("released_over_fused", ""),
+                row["released_over_plain"],
+                row.get("share_of_its_products", ""),
+                row.get("share_of_peak", ""),
+            ]
+            for row in rows
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""The efficiency profile: what every visual-token budget costs, counted from the config and measured on a device."""
+
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.utils import logging
+
+from modeling_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
+from modeling_delta_llava.errors import UserError
+
+from . import figure
+from .counts import (
+    PAPER_NEW_TOKENS,
+    PAPER_TEXT_TOKENS,
+    TextGeometry,
+    closed_form,
+    counted,
+    has_closed_form,
+    meta_model,
+    paper_convention,
+    parameters,
+)
+from .measurements import measure
+from .units import flop_unit, readable_number
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+logger = logging.get_logger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def read_config(source: str) -> DeltaLlavaConfig:
+    """Config of a Delta-LLaVA folder or Hub repository.
+
+    Raises:
+        UserError: if there is none, or it is another model's.
+    """
+    try:
+        fields, _ = DeltaLlavaConfig.get_config_dict(source)
+    except OSError as error:
+        raise UserError(
+            f"{source}: neither a Delta-LLaVA folder, nor a repository that can be reached, nor a variant "
+            "(see `delta-llava variants`)"
+        ) from error
+    if fields.get("model_type") != DeltaLlavaConfig.model_type:
+        raise UserError(
+            f"{source}: its config.json says model_type {fields.get('model_type')!r}, not "
+            f"{DeltaLlavaConfig.model_type!r}; convert a training checkpoint first (`delta-llava convert`)"
+        )
+    return DeltaLlavaConfig.from_dict(fields)
+
+
+def check_budgets(config: DeltaLlavaConfig, budgets: Sequence[int] | None) -> list[int]:
+    """The budgets to profile, largest first: those asked for, or every legal one.
+
+    Raises:
+        UserError: for a budget that the patch grid does not allow.
+    """
+    legal = config.legal_num_visual_tokens
+    for budget in budgets or ():
+        if budget not in legal:
+            raise UserError(f"{budget} visual tokens are not possible on this patch grid; choose from {legal}")
+    return sorted(set(budgets or legal), reverse=True)
+
+
+def count(
+    config: DeltaLlavaConfig,
+    budgets: Sequence[int],
+    text_tokens: int = PAPER_TEXT_TOKENS,
+    new_tokens: int = PAPER_NEW_TOKENS,
+) -> dict[str, Any]:
+    """Parameters, FLOPs and cache bytes at every budget, without weights.
+
+    The result has `parameters` and `budgets`, a list with one entry per budget: FLOPs by component `counted` by
+    torch, in `closed_form` (plain and fused projector; left out for decoders it does not describe) and in the
+    `paper_convention`; `key_value_cache_bytes` in 16 bit for prompt and answer.
+    """
+    model = meta_model(config)
+    rows = []
+    for budget in budgets:
+        row: dict[str, Any] = {"num_visual_tokens": budget}
+        row["flops"] = {"counted": counted(model, budget, text_tokens, new_tokens).to_dict()}
+        if has_closed_form(config.text_config):
+            for name, fused in (("closed_form", False), ("closed_form_fused_projector", True)):
+                row["flops"][name] = closed_form(config, budget, text_tokens, new_tokens, fused).to_dict()
+            row["flops"]["paper_convention"] = paper_convention(config, budget, text_tokens, new_tokens).to_dict()
+        geometry = TextGeometry.of(config.text_config)
+        row["key_value_cache_bytes"] = geometry.key_value_bytes(text_tokens + budget + new_tokens)
+        rows.append(row)
+    return {
+        "text_tokens": text_tokens,
+        "new_tokens": new_tokens,
+        "parameters": parameters(model),
+        "budgets": rows,
+    }
+
+
+def profile(
+    config: DeltaLlavaConfig,
+    name: str,
+    weights: str | None = None,
+    budgets: Sequence[int] | None = None,
+    text_tokens: int = PAPER_TEXT_TOKENS,
+    new_tokens: int = PAPER_NEW_TOKENS,
+    batch_size: int = 8,
+    repeats: int = 5,
+    device: str | None = None,
+    dtype: str | None = None,
+    png_file: Path | None = None,
+) -> dict[str, Any]:
+    """The profile of a model, and its figure if `png_file` is given.
+
+    Args:
+        config: its geometry.
+        name: what table and figure call it.
+        weights: folder or Hub id to measure, `"random"` to measure random weights, `None` to count only.
+        budgets: visual tokens per image; by default every legal number.
+        text_tokens: of the prompt.
+        new_tokens: of the answer.
+        batch_size: rows of the requests/s measurement.
+        repeats: calls per measurement.
+        device: by default the CUDA device when there is one.
+        dtype: a name of `DTYPES`; by default as stored, bfloat16 for random weights.
+        png_file: where to draw.
+
+    Raises:
+        UserError: for a budget, device, dtype or file name that cannot be used.
+    """
+    if png_file is not None:
+        figure.check(png_file)
+    budgets = check_budgets(config, budgets)
+    place = check_device(device)
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
+    context = getattr(config.text_config, "max_position_embeddings", None)
+    if weights is not None and context is not None and text_tokens + budgets[0] + new_tokens > context:
+        raise UserError(
+            f"{budgets[0]} visual, {text_tokens} text and {new_tokens} new tokens do not fit the language model's "
+            f"context of {context}; ask for less"
+        )
+    document = {"model": name, **count(config, budgets, text_tokens, new_tokens)}
+    if weights is not None:
+        if weights == "random":
+            model = random_model(config, place, DTYPES[dtype or "bfloat16"])
+        else:
+            stored = DTYPES[dtype] if dtype else "auto"
+            model = DeltaLlavaForConditionalGeneration.from_pretrained(weights, dtype=stored).eval().to(place)
+        document = measured(fuse_if_possible(model), document, batch_size, repeats)
+    if png_file is not None:
+        figure.draw(document, png_file)
+    return document
+
+
+def check_device(name: str | None) -> torch.device:
+    """The device to measure on; by default the CUDA device when there is one.
+
+    Raises:
+        UserError: if it cannot be used here.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def random_model(
+    config: DeltaLlavaConfig, device: torch.device, dtype: torch.dtype
+) -> DeltaLlavaForConditionalGeneration:
+    """A model of this geometry with random weights, for measurements without a checkpoint."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return DeltaLlavaForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def fuse_if_possible(model: DeltaLlavaForConditionalGeneration) -> DeltaLlavaForConditionalGeneration:
+    """Fuse the projector; where its weights do not allow that, say why and leave it plain."""
+    try:
+        model.fuse_projector()
+    except ValueError as reason:
+        logger.warning(str(reason))
+    return model
+
+
+def measured(
+    model: DeltaLlavaForConditionalGeneration, document: dict[str, Any], batch_size: int = 8, repeats: int = 5
+) -> dict[str, Any]:
+    """`document` (from `count`) with measurements of `model` at its budgets and a description of the device."""
+    device = model.device
+    rows = []
+    for row in document["budgets"]:
+        figures = measure(
+            model,
+            row["num_visual_tokens"],
+            document["text_tokens"],
+            max(document["new_tokens"], 2),
+            batch_size=batch_size,
+            repeats=repeats,
+        )
+        rows.append({**row, "measured": figures.to_dict()})
+    about = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "fused_projector": model.model.multi_modal_projector.fused is not None,
+        "repeats": repeats,
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }
+    return {**document, "measured_on": about, "budgets": rows}
+
+
+def write_json(document: dict[str, Any], path: Path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def table(document: dict[str, Any]) -> "Table":
+    """The profile as a table: one row per budget, FLOPs by component, then what was measured."""
+    from rich.table import Table
+
+    unit, size = flop_unit(document)
+    result = Table(
+        title=f"{document['model']}: {readable_number(document['parameters']['total'])} parameters; one image, "
+        f"{document['text_tokens']} text tokens, {document['new_tokens']} new tokens",
+        caption=f"{unit} as counted by torch; the paper's count leaves out one MLP matrix of three and the output "
+        "head. KV cache in 16 bit.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    headings = ["Visual tokens", f"Tower {unit}", "Projector", "Prefill", "Decode", "Total", "Paper's count"]
+    headings += ["KV cache MB"]
+    is_measured = "measured_on" in document
+    if is_measured:
+        about = document["measured_on"]
+        headings += ["Tower ms", "Projector ms", "Prefill ms", "First token ms", "Decode tokens/s", "Requests/s"]
+        headings += ["Peak MiB"]
+        result.caption += (
+            f" Measured on {about['device']} in {about['dtype']}, projector "
+            f"{'fused' if about['fused_projector'] else 'plain'}; requests/s at batch "
+            f"{document['budgets'][0]['measured']['batch_size']}."
+        )
+    for heading in headings:
+        result.add_column(heading, justify="right")
+    for row in document["budgets"]:
+        flops, paper = row["flops"]["counted"], row["flops"].get("paper_convention")
+        cells = [str(row["num_visual_tokens"])]
+        cells += [f"{flops[part] / size:.3f}" for part in ("vision_tower", "projector", "prefill", "decode", "total")]
+        cells += [f"{paper['total'] / size:.3f}" if paper else "–", f"{row['key_value_cache_bytes'] / 1e6:.1f}"]
+        if is_measured:
+            figures = row["measured"]
+            peak = figures["peak_memory_mib"]
+            cells += [
+                f"{figures[name]:.1f}"
+                for name in ("vision_tower_ms", "projector_ms", "prefill_ms", "time_to_first_token_ms")
+            ]
+            cells += [f"{figures[name]:.2f}" for name in ("decode_tokens_per_s", "requests_per_s")]
+            cells += ["–" if peak is None else f"{peak:.0f}"]
+        result.add_row(*cells)
+    return result
+
+
+def print_table(document: dict[str, Any]):
+    """Print the table on standard output, as wide as it needs to be when that is not a terminal."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=250)
+    console.print(table(document))

@@ -1,0 +1,149 @@
+"""Latency, throughput and memory of a loaded model on its device."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from modeling_delta_llava import DeltaLlavaForConditionalGeneration
+
+FIRST_ORDINARY_TOKEN = 5
+"""Random prompts draw from here on: the lowest ids are special tokens in every tokenizer we know."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Medians over repeats at one budget. Milliseconds, tokens or requests per second, MiB."""
+
+    vision_tower_ms: float
+    projector_ms: float
+    prefill_ms: float
+    time_to_first_token_ms: float
+    decode_tokens_per_s: float
+    generate_tokens_per_s: float
+    requests_per_s: float
+    batch_size: int
+    peak_memory_mib: float | None
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        return asdict(self)
+
+
+def synchronize(device: torch.device):
+    """Wait for everything that was launched on the device."""
+    if device.type in ("cuda", "xpu", "mps"):
+        getattr(torch, device.type).synchronize()
+
+
+def seconds_of(function: Callable[[], object], device: torch.device, repeats: int, warmup: int = 1) -> float:
+    """Median seconds of a call."""
+    times = []
+    for repeat in range(-warmup, repeats):
+        synchronize(device)
+        begin = time.perf_counter()
+        function()
+        synchronize(device)
+        if repeat >= 0:
+            times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def reset_peak_memory(device: torch.device):
+    """Start a new peak: of the CUDA device, or of this process's resident memory (Linux)."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif (file := Path("/proc/self/clear_refs")).exists():
+        file.write_text("5")
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """Peak since `reset_peak_memory`; `None` where the platform does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if device.type != "cpu" or not status.exists():
+        return None
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**10
+
+
+def random_prompt(
+    model: DeltaLlavaForConditionalGeneration, num_visual_tokens: int, text_tokens: int, batch_size: int = 1
+) -> dict[str, torch.Tensor]:
+    """Inputs of one image and `text_tokens` random tokens per row: speed does not depend on what they say."""
+    config = model.config
+    vision = config.vision_config
+    device = model.device
+    text = torch.randint(FIRST_ORDINARY_TOKEN, config.text_config.vocab_size, (batch_size, text_tokens), device=device)
+    text[text == config.image_token_id] = FIRST_ORDINARY_TOKEN
+    image = torch.full((batch_size, num_visual_tokens), config.image_token_id, device=device)
+    input_ids = torch.cat([text[:, :1], image, text[:, 1:]], dim=1)
+    size = (batch_size, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "pixel_values": torch.randn(size, device=device).to(model.dtype),
+        "num_visual_tokens": torch.full((batch_size,), num_visual_tokens, device=device),
+    }
+
+
+@torch.no_grad()
+def measure(
+    model: DeltaLlavaForConditionalGeneration,
+    num_visual_tokens: int,
+    text_tokens: int,
+    new_tokens: int,
+    batch_size: int = 8,
+    repeats: int = 5,
+) -> Measurement:
+    """Measure answering one question about one image at one budget.
+
+    Args:
+        model: in evaluation mode, projector fused or not, on its device.
+        num_visual_tokens: V.
+        text_tokens: T.
+        new_tokens: G >= 2; exactly so many are generated.
+        batch_size: rows of the requests/s measurement.
+        repeats: medians are over this many calls.
+    """
+    device, inner = model.device, model.model
+    inputs = random_prompt(model, num_visual_tokens, text_tokens)
+    settings = {"do_sample": False, "num_beams": 1, "pad_token_id": 0}
+    settings |= {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+
+    def tower():
+        return inner._patch_features(inputs["pixel_values"])
+
+    streams = tower()[:2]
+    scale = model.config.scale_factor(num_visual_tokens)
+    visual_tokens = list(inner.multi_modal_projector(*streams, scale))
+    text_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+    reset_peak_memory(device)
+    tower_s = seconds_of(tower, device, repeats)
+    projector_s = seconds_of(lambda: inner.multi_modal_projector(*streams, scale), device, repeats)
+    prefill_s = seconds_of(
+        lambda: model(**text_inputs, image_features=visual_tokens, logits_to_keep=1, use_cache=True), device, repeats
+    )
+    first_token = {**settings, "min_new_tokens": 1, "max_new_tokens": 1}
+    first_s = seconds_of(lambda: model.generate(**inputs, **first_token), device, repeats)
+    generate_s = seconds_of(lambda: model.generate(**inputs, **settings), device, repeats)
+    peak = peak_memory_mib(device)
+    batch = random_prompt(model, num_visual_tokens, text_tokens, batch_size)
+    batch_s = seconds_of(lambda: model.generate(**batch, **settings), device, max(1, repeats // 2))
+    return Measurement(
+        vision_tower_ms=tower_s * 1e3,
+        projector_ms=projector_s * 1e3,
+        prefill_ms=prefill_s * 1e3,
+        time_to_first_token_ms=first_s * 1e3,
+        decode_tokens_per_s=(new_tokens - 1) / max(generate_s - first_s, 1e-9),
+        generate_tokens_per_s=new_tokens / generate_s,
+        requests_per_s=batch_size / batch_s,
+        batch_size=batch_size,
+        peak_memory_mib=peak,
+    )

@@ -1,0 +1,78 @@
+"""The benchmark scripts: they state their use, and compare like with like."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import tiny_config
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SCRIPTS = ("projector", "end_to_end", "processor", "loading")
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Imports a module of the benchmarks folder, which is no package."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_says_what_is_measured(script):
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), "--help"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--output" in finished.stdout
+    assert "--repeats" in finished.stdout
+
+
+def test_the_baseline_computes_what_the_projector_computes(benchmark):
+    released, ours = benchmark("released_projector"), benchmark("projector")
+    config = tiny_config(projector_num_attention_heads=2)
+    projector = ours.random_projector(config, torch.device("cpu"))
+    baseline = released.ReleasedProjector(projector).eval()
+    width, layers = config.vision_config.hidden_size, len(config.memory_feature_layers)
+    streams = [torch.randn(2, config.num_patches, width * count) for count in (1, layers)]
+    for budget in config.legal_num_visual_tokens:
+        scale = config.scale_factor(budget)
+        with torch.no_grad():
+            expected, result = projector(*streams, scale), baseline(*streams, scale)
+        assert (result - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_both_models_of_the_end_to_end_comparison_share_their_parts(benchmark):
+    end_to_end = benchmark("end_to_end")
+    model, native = end_to_end.build(tiny_config(), torch.device("cpu"), torch.float32)
+    assert native.model.language_model is model.model.language_model
+    assert native.model.vision_tower is model.model.vision_tower
+    assert not any(weight.is_meta for one in (model, native) for weight in (*one.parameters(), *one.buffers()))
+    inputs = end_to_end.prompt(model.config, 16, 6, torch.randn(1, 3, 32, 32))
+    assert end_to_end.generate(native, inputs, 2).shape == (1, 6 + 16 + 2)
+    inputs = end_to_end.prompt(model.config, 4, 6, torch.randn(1, 3, 32, 32))
+    assert end_to_end.generate(model, inputs, 2).shape == (1, 6 + 4 + 2)
+
+
+def test_timing_takes_turns_and_ratios_are_within_rounds(benchmark):
+    common = benchmark("common")
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) for name in ("one", "two")}
+    times = common.measure(functions, torch.device("cpu"), repeats=3, warmup=1)
+    assert calls == ["one", "two"] * 4
+    assert [len(seconds) for seconds in times.values()] == [3, 3]
+    assert common.ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == 2.0
+
+
+RESULTS = [path for script in SCRIPTS for path in sorted((BENCHMARKS / "results").glob(f"{script}-*.json"))]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_committed_results_describe_the_machine(path):
+    document = json.loads(path.read_text())
+    assert document["versions"]["torch"]
+    assert document["machine"]["cpu"]
+    assert document["settings"]
+    assert document["results"]
