@@ -1,0 +1,148 @@
+"""`delta-llava ask`: one question about pictures, answered as a stream of text."""
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import UserError
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def parse_budgets(text: str | None) -> int | list[int] | None:
+    """`--num-visual-tokens`: one number for all images, or one for each, separated by commas."""
+    if text is None:
+        return None
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(
+            f"--num-visual-tokens {text!r} is not a number: give one (36), or one per image (16,576)"
+        ) from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def open_image(source: str):
+    """A decoded picture from a path or an http(s) address."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if source.startswith(("http://", "https://")):
+        from transformers.image_utils import load_image
+
+        try:
+            return load_image(source)
+        except Exception as error:  # the address decides which library fails, and how
+            raise UserError(f"{source} could not be fetched as a picture ({error})") from error
+    path = Path(source)
+    if not path.exists():
+        raise UserError(f"no such image: {source}")
+    if path.is_dir():
+        raise UserError(f"{source} is a folder, not an image: name a picture in it")
+    try:
+        image = ImageOps.exif_transpose(Image.open(path))
+    except UnidentifiedImageError:
+        raise UserError(f"{source} is not an image that Pillow can read") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{source} is damaged or too large ({error})") from error
+    return image
+
+
+def _check_folder(model: str) -> None:
+    """Raises `UserError` for what is neither a folder with a model that transformers can load nor a Hub id."""
+    folder = Path(model)
+    if folder.is_file():
+        raise UserError(f"{model} is a file: give the folder that `delta-llava convert` wrote, or a Hub id")
+    if not folder.is_dir():
+        if model.count("/") != 1 or model.startswith(("/", ".", "~")):
+            raise UserError(f"no such model: {model} is neither a folder nor a Hub id (NAMESPACE/NAME)")
+        return
+    settings = folder / "config.json"
+    if not settings.is_file():
+        raise UserError(f"{model} has no config.json: give the folder that `delta-llava convert` wrote")
+    try:
+        trained = "mm_vision_tower" in json.loads(settings.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{settings} is not valid JSON ({error}): convert the checkpoint again") from error
+    if trained:
+        raise UserError(f"{model} is a training checkpoint: run `delta-llava convert {model} OUTPUT` and ask OUTPUT")
+
+
+def load(model: str, revision: str | None = None, device: str = "auto", dtype: str = "auto"):
+    """Model and processor of a folder or Hub id, with this package's code: code in the folder is not run.
+
+    Raises:
+        UserError: if there is no such model, or it is not one that answers questions about images.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype} is not known: choose one of {', '.join(DTYPES)}")
+    _check_folder(model)
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        network = AutoModelForImageTextToText.from_pretrained(
+            model, revision=revision, dtype=dtype, device_map=device, trust_remote_code=False
+        )
+        processor = AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(f"no usable model at {model}: {str(error).strip().splitlines()[0]}") from error
+    return network.eval(), processor
+
+
+def ask(
+    model: str,
+    question: str,
+    images: Sequence[str] = (),
+    num_visual_tokens: str | None = None,
+    revision: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> None:
+    """Prints the answer to standard output while it is generated.
+
+    Raises:
+        UserError: for anything the user can mend: no such file, not an image, no such model, a wrong budget.
+    """
+    from transformers import TextStreamer
+    from transformers.utils import logging
+
+    if not question.strip():
+        raise UserError("the question is empty")
+    if question.startswith(("http://", "https://")) or Path(question).is_file():
+        raise UserError(f"the question is missing: put it last, in quotes, behind {question}")
+    budgets = parse_budgets(num_visual_tokens)
+    pictures = [open_image(image) for image in images]
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    network, processor = load(model, revision, device, dtype)
+    if hasattr(network, "fuse_projector"):
+        with contextlib.suppress(ValueError):  # quantised or offloaded: the plain projector computes the same
+            network.fuse_projector()
+    elif budgets is not None:
+        raise UserError(f"{model} is of type {network.config.model_type}, which has no --num-visual-tokens")
+
+    content = [{"type": "image", "image": picture} for picture in pictures]
+    try:
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={} if budgets is None else {"num_visual_tokens": budgets},
+        ).to(network.device)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        network.generate(
+            **inputs,
+            **sampling,
+            max_new_tokens=max_new_tokens,
+            streamer=TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error

@@ -1,0 +1,480 @@
+"""The command line, `delta-llava COMMAND ...`.
+
+A command is a thin function: it states arguments and help, imports the function that does the work inside its body
+(so that `--help` imports neither torch nor transformers nor huggingface_hub) and prints what that returns. Errors that
+a user can act on are raised as `UserError`; `main` turns them into one line and exit status 2.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import UserError
+
+# The sections of `delta-llava --help`. A command names its own, `@app.command(rich_help_panel=USE)`, and stands below
+# among the others of that section: the help shows sections and commands in the order of this file.
+USE = "Use"
+CONVERT = "Convert"
+PUBLISH = "Publish"
+TRAIN = "Train"
+MEASURE = "Measure"
+
+TRACEBACK_VARIABLE = "DELTA_LLAVA_TRACEBACK"
+EXIT_FAILED_CHECK = 1
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+# Typer's usage errors share this base class, which it does not export by name.
+_CommandLineError = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    name="delta-llava",
+    help="Delta-LLaVA for Hugging Face transformers (unofficial).",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        from . import __version__
+
+        typer.echo(f"delta-llava {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    traceback: Annotated[
+        bool,
+        typer.Option("--traceback", help=f"Show the Python traceback of an error (or set {TRACEBACK_VARIABLE}=1)."),
+    ] = False,
+) -> None:
+    if traceback:
+        context.obj["traceback"] = True
+
+
+@app.command(rich_help_panel=USE)
+def ask(
+    model: Annotated[str, typer.Argument(help="Hub folder or id.")],
+    images_and_question: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGE... QUESTION", help="Pictures (paths or http addresses), then the question in quotes."
+        ),
+    ],
+    num_visual_tokens: Annotated[
+        str | None, typer.Option(help="Budget of every image (36), or one for each (16,576).")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a MODEL on the Hub.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (as saved), bfloat16, float16 or float32.")] = "auto",
+) -> None:
+    """Ask about pictures and stream the answer."""
+    from .asking import ask as ask_model
+
+    *images, question = images_and_question
+    ask_model(model, question, images, num_visual_tokens, revision, max_new_tokens, temperature, device, dtype)
+
+
+@app.command(rich_help_panel=CONVERT)
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder that training wrote, or a Hub id.")],
+    output: Annotated[Path, typer.Argument(help="Hub folder to write; appears when it is complete.")],
+    base_model: Annotated[
+        str | None, typer.Option(help="Language model (folder or Hub id) of a stage-1 or LoRA result.")
+    ] = None,
+    vision_tower: Annotated[
+        str | None, typer.Option(help="Vision tower (folder or Hub id); wins over the one inside SOURCE.")
+    ] = None,
+    form: Annotated[
+        str | None, typer.Option(help="What SOURCE is, if not what is detected: stage2, stage1, lora, finetuned.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a SOURCE on the Hub.")] = None,
+    dtype: Annotated[str, typer.Option(help="keep, bfloat16, float16 or float32.")] = "keep",
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, for example 5GB or 512MiB.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an OUTPUT that holds a model.")] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Convert weights with NaN or infinity as they are.")
+    ] = False,
+    scan: Annotated[bool, typer.Option(help="Look for NaN and infinity while copying.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written, write nothing.")] = False,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar on a terminal.")] = True,
+) -> None:
+    """Turn a checkpoint of Delta-LLaVA training into a Hub folder."""
+    from .conversion.convert import convert as convert_checkpoint
+    from .conversion.convert import preview
+    from .conversion.plan import Options
+    from .conversion.tensors import format_bytes
+
+    options = Options(form, base_model, vision_tower, revision, dtype)
+    if dry_run:
+        found, rows = preview(source, output, options, max_shard_size=max_shard_size, overwrite=overwrite)
+        for line in found:
+            typer.echo(line)
+        _print_table(("", "would be written"), rows)
+        return
+    result = convert_checkpoint(
+        source,
+        output,
+        options,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        allow_nonfinite=allow_nonfinite,
+        scan=scan,
+        progress=progress,
+        say=lambda line: typer.echo(line, err=True),
+    )
+    rate = format_bytes(result.nbytes / max(result.seconds, 1e-9))
+    typer.echo(f"wrote {result.output} ({format_bytes(result.nbytes)} of weights, {rate}/s)")
+
+
+@app.command(rich_help_panel=CONVERT)
+def export(
+    folder: Annotated[str, typer.Argument(help="Hub folder or id.", metavar="HUB_FOLDER")],
+    output: Annotated[Path, typer.Argument(help="Training folder to write; appears when it is complete.")],
+    projector_only: Annotated[
+        bool, typer.Option("--projector-only", help="Only what stage 1 writes: mm_projector.bin and config.json.")
+    ] = False,
+    vision_tower: Annotated[
+        str | None, typer.Option(help="Tower to name in the training config; by default the converted one.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, for example 5GB or 512MiB.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an OUTPUT that holds a model.")] = False,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar on a terminal.")] = True,
+) -> None:
+    """Turn a Hub folder into a checkpoint of Delta-LLaVA training again."""
+    from .conversion.export import export as export_folder
+
+    result = export_folder(
+        folder,
+        output,
+        projector_only=projector_only,
+        vision_tower=vision_tower,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        progress=progress,
+        say=lambda line: typer.echo(line, err=True),
+    )
+    typer.echo(f"wrote {result.output}: {', '.join(path.name for path in result.files)}")
+
+
+@app.command(rich_help_panel=CONVERT)
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Hub folder.")],
+    against: Annotated[str | None, typer.Option(help="Source to compare with: folder or Hub id.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="As given to convert.")] = None,
+    vision_tower: Annotated[str | None, typer.Option(help="As given to convert.")] = None,
+    form: Annotated[str | None, typer.Option(help="As given to convert.")] = None,
+    revision: Annotated[str | None, typer.Option(help="As given to convert.")] = None,
+    numbers: Annotated[bool, typer.Option(help="Compute both models stage by stage, when memory allows.")] = True,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar on a terminal.")] = True,
+) -> int:
+    """Check a Hub folder: complete, loadable, and equal to its source. Exits with 1 if anything differs."""
+    from .conversion.plan import Options
+    from .conversion.verify import passed
+    from .conversion.verify import verify as verify_folder
+
+    options = Options(form, base_model, vision_tower, revision)
+    checks = verify_folder(folder, against, options, numbers=numbers, progress=progress)
+    marks = {True: "ok", False: "FAILED", None: "skipped"}
+    _print_table(("check", "result", "detail"), [(check.name, marks[check.passed], check.detail) for check in checks])
+    return 0 if passed(checks) else EXIT_FAILED_CHECK
+
+
+def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on a terminal; one line per row, cells separated by tabs, when redirected."""
+    if not sys.stdout.isatty():
+        for row in rows:
+            typer.echo("\t".join(row))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    Console().print(table)
+
+
+@app.command(rich_help_panel=PUBLISH)
+def variants(
+    name: Annotated[
+        str | None, typer.Argument(help="Show this variant alone, with all that is known about it.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON: every figure with the table it is from.")
+    ] = False,
+) -> None:
+    """List the variants of the paper and of the release, with the scores the paper's tables print for them."""
+    import json
+
+    from .hub_cards.variants import get_variant, variant_record, variants_table
+    from .hub_cards.variants import variants as all_variants
+
+    if name is not None:
+        typer.echo(json.dumps(variant_record(get_variant(name)), indent=2, ensure_ascii=False))
+    elif as_json:
+        typer.echo(
+            json.dumps([variant_record(entry) for entry in all_variants().values()], indent=2, ensure_ascii=False)
+        )
+    else:
+        typer.echo(variants_table())
+
+
+@app.command(rich_help_panel=PUBLISH)
+def card(
+    folder: Annotated[Path, typer.Argument(help="Hub folder to write the card into.")],
+    variant: Annotated[
+        str | None, typer.Option(help="The folder is this listed variant (see `delta-llava variants`).")
+    ] = None,
+    repo_id: Annotated[str | None, typer.Option(help="Repository that the snippets load, NAMESPACE/NAME.")] = None,
+    revision: Annotated[str, typer.Option(help="Tag that the snippets pin.")] = "v1.0",
+    licence: Annotated[
+        str | None, typer.Option("--license", help="Licence identifier of the Hub; by default the variant's.")
+    ] = None,
+    licence_name: Annotated[str | None, typer.Option("--license-name", help="With `--license other`.")] = None,
+    licence_link: Annotated[str | None, typer.Option("--license-link", help="With `--license other`.")] = None,
+    base_model: Annotated[
+        list[str] | None, typer.Option(help="Hub id this model derives from; repeat for several.")
+    ] = None,
+    results: Annotated[
+        list[Path] | None, typer.Option(help="Result file of lmms-eval measured from this folder; repeat for several.")
+    ] = None,
+) -> None:
+    """Write the model card: README.md, LICENSE, NOTICE, figure and evaluation results."""
+    from .hub_cards.card import write_card
+
+    written = write_card(
+        folder,
+        variant=variant,
+        repo_id=repo_id,
+        revision=revision,
+        licence=licence,
+        licence_name=licence_name,
+        licence_link=licence_link,
+        base_models=base_model or (),
+        results=results or (),
+    )
+    typer.echo(f"wrote {written}")
+
+
+@app.command(rich_help_panel=PUBLISH)
+def publish(
+    folder: Annotated[Path | None, typer.Argument(help="Hub folder with a card.")] = None,
+    repo_id: Annotated[str | None, typer.Argument(help="NAMESPACE/NAME on the Hub.")] = None,
+    everything: Annotated[
+        Path | None, typer.Option("--all", help="Publish every Hub folder in here instead, under its own name.")
+    ] = None,
+    namespace: Annotated[str | None, typer.Option(help="With --all: user or organisation to publish under.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
+    revision: Annotated[str, typer.Option(help="Branch to commit to; made if need be.")] = "main",
+    tag: Annotated[str | None, typer.Option(help="Tag to set on the commit once it has been checked.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
+    collection: Annotated[str | None, typer.Option(help="Title or slug of a collection to add it to.")] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    licence: Annotated[
+        str | None, typer.Option("--license", help="Licence identifier, for a card that states none.")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of paths to leave out; repeatable.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, send nothing.")] = False,
+    load: Annotated[bool, typer.Option(help="Load the folder in a fresh process before publishing.")] = True,
+    time_limit: Annotated[float, typer.Option(help="Seconds after which to give up (to be resumed later).")] = 43200.0,
+    attempts: Annotated[int, typer.Option(help="Attempts of each request to the Hub.")] = 4,
+    retry_wait: Annotated[float, typer.Option(help="Seconds before the second attempt; doubles each time.")] = 2.0,
+) -> None:
+    """Publish a folder on the Hub: checked before, sent in one commit that can be resumed, checked after."""
+    from .hub_cards.publish import PublishOptions, describe, publish_all, timed
+    from .hub_cards.publish import publish as publish_folder
+
+    options = PublishOptions(
+        private=private,
+        revision=revision,
+        tag=tag,
+        create_pr=create_pr,
+        collection=collection,
+        message=message,
+        licence=licence,
+        exclude=tuple(exclude or ()),
+        dry_run=dry_run,
+        load=load,
+        time_limit=time_limit,
+        attempts=attempts,
+        retry_wait=retry_wait,
+    )
+    say = timed(lambda text: typer.echo(text, err=True))
+    if everything is not None:
+        if folder is not None or namespace is None:
+            raise UserError("with --all give the folder of folders and --namespace NAME, and no other argument")
+        for report in publish_all(everything, namespace, options, say):
+            typer.echo(describe(report, dry_run))
+        return
+    if folder is None or repo_id is None:
+        raise UserError("give a folder and NAMESPACE/NAME, or --all DIR --namespace NAME")
+    typer.echo(describe(publish_folder(folder, repo_id, options, say), dry_run))
+
+
+@app.command(rich_help_panel=PUBLISH)
+def quantize(
+    folder: Annotated[Path, typer.Argument(help="Hub folder with full weights.")],
+    output: Annotated[Path, typer.Argument(help="New folder.")],
+    bits: Annotated[int, typer.Option(help="4 (NF4) or 8 bits for the language model.")] = 4,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the full model; by default what its card's snippets load.")
+    ] = None,
+    repo_id: Annotated[str | None, typer.Option(help="Repository that the new card's snippets load.")] = None,
+    revision: Annotated[str, typer.Option(help="Tag that the new card's snippets pin.")] = "v1.0",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Write a bitsandbytes copy: language model in 4 or 8 bit, vision tower and projector in 16 bit."""
+    from .hub_cards.quantize import quantize as quantize_folder
+
+    written = quantize_folder(folder, output, bits, base_model, repo_id, revision, device)
+    size = sum(file.stat().st_size for file in written.glob("*.safetensors"))
+    typer.echo(f"wrote {written} ({size / 1e9:.3f} GB of weights)")
+
+
+@app.command(rich_help_panel=TRAIN, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def finetune(
+    context: typer.Context,
+    config: Annotated[
+        str, typer.Argument(help="YAML file, or a packaged recipe such as vicuna-7b/stage1.", metavar="CONFIG.yaml")
+    ],
+) -> None:
+    """Train, as a YAML file and overrides say: CONFIG.yaml [--key value ...] [--check_data].
+
+    Keys are those of the packaged recipes and of transformers' TrainingArguments. On several devices:
+    accelerate launch -m modeling_delta_llava.finetuning CONFIG.yaml [--key value ...].
+    """
+    from .finetuning.run import finetune as run_finetuning
+
+    folder = run_finetuning(config, context.args)
+    if folder is not None:
+        typer.echo(f"wrote {folder}")
+
+
+@app.command(rich_help_panel=MEASURE)
+def profile(
+    model_or_variant: Annotated[
+        str, typer.Argument(help="Hub folder, repository, or a variant's name (see `delta-llava variants`).")
+    ],
+    num_visual_tokens: Annotated[
+        str | None, typer.Option(help="Budgets, comma-separated, e.g. 576,144,36; by default every legal one.")
+    ] = None,
+    analytic: Annotated[
+        bool, typer.Option("--analytic", help="Count only: needs no weights, measures nothing.")
+    ] = False,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Measure with random weights of this geometry.")
+    ] = False,
+    text_tokens: Annotated[int, typer.Option(min=1, help="Text tokens of the prompt; 68 as in the paper.")] = 68,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Generated tokens; 30 as in the paper.")] = 30,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of the requests/s measurement.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each measurement; medians are shown.")] = 5,
+    device: Annotated[str | None, typer.Option(help="Torch device; by default the GPU when there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default as stored.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this JSON file.")] = None,
+    png_file: Annotated[
+        Path | None, typer.Option("--png", help="Draw FLOPs by component and tokens/s into this PNG file.")
+    ] = None,
+) -> None:
+    """Show what every visual-token budget costs: FLOPs, cache and parameters, latency, tokens/s and memory."""
+    from .evaluation import backbones, efficiency
+    from .hub_cards.variants import variants
+
+    budgets = _numbers("--num-visual-tokens", num_visual_tokens)
+    variant = variants().get(model_or_variant)
+    if variant is not None:
+        config = backbones.known_config(variant.backbone.id, variant.tower.id, variant.num_visual_tokens)
+        if not (analytic or random_weights):
+            raise UserError(
+                f"{model_or_variant} is a variant, not a folder with weights to measure: add --analytic to count, "
+                "--random-weights to measure its geometry, or name a folder or repository"
+            )
+    else:
+        config = efficiency.read_config(model_or_variant)
+    document = efficiency.profile(
+        config,
+        name=model_or_variant,
+        weights=None if analytic else ("random" if random_weights else model_or_variant),
+        budgets=budgets,
+        text_tokens=text_tokens,
+        new_tokens=new_tokens,
+        batch_size=batch_size,
+        repeats=repeats,
+        device=device,
+        dtype=dtype,
+        png_file=png_file,
+    )
+    efficiency.print_table(document)
+    if json_file is not None:
+        efficiency.write_json(document, json_file)
+
+
+def _numbers(option: str, text: str | None) -> list[int] | None:
+    """A comma-separated list of positive whole numbers."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} {text!r} is not a comma-separated list of whole numbers") from None
+
+
+def _one_line(error: BaseException) -> str:
+    """What went wrong, as one line: an `OSError` names its file, a usage error the help to read."""
+    if isinstance(error, _CommandLineError):
+        message = error.format_message()
+        context = getattr(error, "ctx", None)
+        if context is not None:
+            message = f"{message.rstrip('.')} (see '{context.command_path} --help')"
+    elif isinstance(error, OSError) and error.filename is not None and error.strerror:
+        message = f"{error.strerror}: {os.fspath(error.filename)}"
+    else:
+        message = str(error) or type(error).__name__
+    return " ".join(message.split())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status: 0, 2 (the user can mend it) or 130 (interrupted).
+
+    Args:
+        arguments: what follows `delta-llava`; by default the process's own arguments.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    settings = {"traceback": os.environ.get(TRACEBACK_VARIABLE, "") not in ("", "0")}
+    try:
+        status = app(args=list(arguments) or ["--help"], prog_name="delta-llava", standalone_mode=False, obj=settings)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader (`| head`) has gone: keep Python from failing once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (UserError, OSError, _CommandLineError) as error:
+        if settings["traceback"]:
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except (KeyboardInterrupt, typer.Abort):
+        if settings["traceback"]:
+            raise
+        status = EXIT_INTERRUPTED
+    if status == EXIT_INTERRUPTED:
+        print("interrupted", file=sys.stderr)
+    return status if isinstance(status, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,280 @@
+"""Configuration of Delta-LLaVA (arXiv 2512.18910): a vision tower, the Delta projector and a language model."""
+
+import math
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+# Every class that the files of this repository define, in the form the Hub expects in `config.json`.
+AUTO_MAP = {
+    "AutoConfig": "configuration_delta_llava.DeltaLlavaConfig",
+    "AutoModel": "modeling_delta_llava.DeltaLlavaModel",
+    "AutoModelForImageTextToText": "modeling_delta_llava.DeltaLlavaForConditionalGeneration",
+    "AutoProcessor": "processing_delta_llava.DeltaLlavaProcessor",
+}
+
+# CLIP-ViT-L/14-336, the tower of the released code.
+DEFAULT_VISION_CONFIG = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+# Vicuna-7B v1.5 with one row appended for the image token.
+DEFAULT_TEXT_CONFIG = {"model_type": "llama", "vocab_size": 32001}
+
+# Towers that emit patch tokens only. Every other tower is expected to put one class token first.
+TOWERS_WITHOUT_CLASS_TOKEN = ("siglip", "siglip_vision_model", "siglip2_vision_model")
+# Language models whose output head has a bias, which this model's head has not.
+DECODERS_WITH_HEAD_BIAS = ("phi", "gptj", "codegen")
+
+
+def legal_visual_tokens(grid_size: int) -> list[int]:
+    """The visual-token budgets `(grid_size / s)**2` over all divisors `s` of the patch grid, largest first."""
+    return [(grid_size // scale) ** 2 for scale in range(1, grid_size + 1) if grid_size % scale == 0]
+
+
+def scale_factor(num_visual_tokens: int, grid_size: int) -> int:
+    """Side of the square of patches that one visual token reads, `s = grid_size / sqrt(num_visual_tokens)` (Eq. 5).
+
+    Raises:
+        ValueError: if the budget is not one of [`legal_visual_tokens`] of the grid.
+    """
+    side = math.isqrt(max(num_visual_tokens, 0))
+    if side == 0 or side**2 != num_visual_tokens or grid_size % side:
+        raise ValueError(
+            f"num_visual_tokens={num_visual_tokens} is not possible on a {grid_size} x {grid_size} patch grid; "
+            f"choose one of {legal_visual_tokens(grid_size)}"
+        )
+    return grid_size // side
+
+
+@strict
+class DeltaLlavaConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`DeltaLlavaModel`]. Fields left at `None` follow the vision tower; with the default tower
+    (CLIP-ViT-L/14-336) they reproduce the released architecture.
+
+    Args:
+        vision_config (`PreTrainedConfig` or `dict`, *optional*, defaults to CLIP-ViT-L/14-336):
+            The vision tower: any vision encoder of transformers with square images and patches.
+        text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to Llama-2-7B geometry, 32001 tokens):
+            The language model: any decoder of transformers.
+        image_token_id (`int`, *optional*, defaults to 32000):
+            Id of the placeholder that stands for one visual token in `input_ids`.
+        num_visual_tokens (`int`, *optional*):
+            Visual tokens per image when a call does not ask for another budget: `(grid / s)**2` for a divisor `s` of
+            the patch grid. Defaults to the largest legal budget up to 144.
+        trained_num_visual_tokens (`list[int]`, *optional*):
+            The budgets the checkpoint was trained at; the model warns once when it runs at another one.
+        vision_feature_select_strategy (`"default"` or `"full"`, *optional*):
+            `"default"` drops the tower's class token, `"full"` keeps every token (towers without class token).
+        query_feature_layer (`int`, *optional*, defaults to -2):
+            Index into the tower's hidden states (0 is the embedding output) of the query stream.
+        memory_feature_layers (`list[int]`, *optional*):
+            Indices of the hidden states that are concatenated into the memory stream, in this order. Defaults to
+            1/2 and 2/3 of the depth, the last layer but two and the last but one (12, 16, 22, 23 of 24).
+        projector_hidden_size (`int`, *optional*):
+            Width C of the projector. Defaults to the tower's width.
+        projector_num_attention_heads (`int`, *optional*):
+            Heads of the windowed cross-attention. Defaults to heads of 128 channels.
+        block_head_dim (`int`, *optional*):
+            Channels per head of EMHSA and per group of MHCA. Defaults to 32 (C / 4 when C is below 128).
+        block_mlp_ratio (`int`, *optional*, defaults to 2):
+            Hidden width of the transformer block's MLP over C.
+        mix_ratio (`float`, *optional*, defaults to 0.75):
+            Share of the transformer block's channels that EMHSA computes; MHCA computes the rest.
+        spatial_reduction (`int`, *optional*, defaults to 1):
+            EMHSA averages keys and values over runs of `spatial_reduction**2` tokens.
+        drop_path_rate (`float`, *optional*, defaults to 0.1):
+            Stochastic depth of the transformer block in training.
+        delta_rank (`int`, *optional*, defaults to 16):
+            Rank of the DeltaProjection update. 0 leaves the base weights alone ("No DeltaProj" of Table 3).
+        use_emhsa (`bool`, *optional*, defaults to `True`):
+            `False` removes the attention branch ("No EMHSA" of Table 3).
+        use_transformer_block (`bool`, *optional*, defaults to `True`):
+            `False` makes the whole transformer block the identity ("No TB" of Table 3).
+        visual_token_scale (`float`, *optional*, defaults to 1.0):
+            Factor on the visual tokens. Gemma language models trained under transformers 4 scaled the whole spliced
+            sequence by the root of their width; transformers 5 scales text embeddings alone.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of freshly initialised projector matrices.
+        tie_word_embeddings (`bool`, *optional*, defaults to the language model's setting):
+            Whether the output head shares the input embedding matrix.
+
+    Raises:
+        ValueError: for an impossible budget, grid, layer index or width; the message names the legal values.
+
+    Example:
+
+    ```python
+    >>> from modeling_delta_llava import DeltaLlavaConfig
+
+    >>> config = DeltaLlavaConfig(num_visual_tokens=36)
+    >>> config.legal_num_visual_tokens
+    [576, 144, 64, 36, 16, 9, 4, 1]
+    ```
+    """
+
+    model_type = "delta_llava"
+    attribute_map = {"image_token_index": "image_token_id"}
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 32000
+    num_visual_tokens: int | None = None
+    trained_num_visual_tokens: list[int] | None = None
+    vision_feature_select_strategy: Literal["default", "full"] | None = None
+    query_feature_layer: int = -2
+    memory_feature_layers: list[int] | None = None
+    projector_hidden_size: int | None = None
+    projector_num_attention_heads: int | None = None
+    block_head_dim: int | None = None
+    block_mlp_ratio: int = 2
+    mix_ratio: float = 0.75
+    spatial_reduction: int = 1
+    drop_path_rate: float | int = 0.1
+    delta_rank: int = 16
+    use_emhsa: bool = True
+    use_transformer_block: bool = True
+    visual_token_scale: float | int = 1.0
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool | None = None
+
+    def __post_init__(self, **kwargs):
+        self.vision_config = self._sub_config(self.vision_config, DEFAULT_VISION_CONFIG)
+        self.text_config = self._sub_config(self.text_config, DEFAULT_TEXT_CONFIG)
+        self._check_sub_configs()
+        self._follow_tower()
+        self._check_projector()
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        super().__post_init__(**kwargs)
+
+    @staticmethod
+    def _sub_config(value, default: dict) -> PreTrainedConfig:
+        if isinstance(value, PreTrainedConfig):
+            return value
+        fields = dict(default if value is None else value)
+        return AutoConfig.for_model(fields.pop("model_type", default["model_type"]), **fields)
+
+    def _check_sub_configs(self):
+        vision, text = self.vision_config, self.text_config
+        for field in ("hidden_size", "num_hidden_layers", "image_size", "patch_size"):
+            if not isinstance(getattr(vision, field, None), int):
+                raise ValueError(
+                    f"vision_config of type {vision.model_type!r} has no integer `{field}`: "
+                    "Delta-LLaVA needs a vision encoder with square images and square patches"
+                )
+        if not 0 < vision.patch_size <= vision.image_size:
+            raise ValueError(
+                f"vision_config has image_size={vision.image_size} and patch_size={vision.patch_size}: "
+                "the patch grid would be empty"
+            )
+        if text.is_encoder_decoder or not isinstance(getattr(text, "hidden_size", None), int):
+            raise ValueError(f"text_config of type {text.model_type!r} is not a decoder-only language model")
+        if text.model_type in DECODERS_WITH_HEAD_BIAS:
+            raise ValueError(
+                f"text_config of type {text.model_type!r} has a biased output head, which is not supported"
+            )
+
+    def _follow_tower(self):
+        """Fill what was left open from the tower's geometry."""
+        depth = self.vision_config.num_hidden_layers
+        if self.vision_feature_select_strategy is None:
+            without_class_token = self.vision_config.model_type in TOWERS_WITHOUT_CLASS_TOKEN
+            self.vision_feature_select_strategy = "full" if without_class_token else "default"
+        if self.memory_feature_layers is None:
+            self.memory_feature_layers = sorted({depth // 2, 2 * depth // 3, max(depth - 2, 0), depth - 1})
+        if self.projector_hidden_size is None:
+            self.projector_hidden_size = self.vision_config.hidden_size
+        if self.projector_num_attention_heads is None:
+            self.projector_num_attention_heads = max(1, self.projector_hidden_size // 128)
+        if self.block_head_dim is None:
+            self.block_head_dim = 32 if self.projector_hidden_size >= 128 else max(1, self.projector_hidden_size // 4)
+        if self.num_visual_tokens is None:
+            self.num_visual_tokens = next(count for count in self.legal_num_visual_tokens if count <= 144)
+
+    def _check_projector(self):
+        depth, channels, head_dim = (
+            self.vision_config.num_hidden_layers,
+            self.projector_hidden_size,
+            self.block_head_dim,
+        )
+        layers = {
+            "query_feature_layer": [self.query_feature_layer],
+            "memory_feature_layers": self.memory_feature_layers,
+        }
+        for name, indices in layers.items():
+            if not indices or any(not -depth - 1 <= index <= depth for index in indices):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} does not fit a vision tower of {depth} layers: "
+                    f"hidden states are numbered 0 (embeddings) to {depth}, or -{depth + 1} to -1"
+                )
+        for count in [self.num_visual_tokens, *(self.trained_num_visual_tokens or [])]:
+            self.scale_factor(count)
+        if channels < 4 or channels % 4:
+            raise ValueError(
+                f"projector_hidden_size={channels} is not a multiple of 4, as the 2-D position table requires"
+            )
+        if self.projector_num_attention_heads < 1 or channels % self.projector_num_attention_heads:
+            raise ValueError(
+                f"projector_hidden_size={channels} does not split into "
+                f"projector_num_attention_heads={self.projector_num_attention_heads} heads"
+            )
+        if head_dim < 1 or channels % head_dim or not 0 < self.block_attention_size < channels:
+            raise ValueError(
+                f"block_head_dim={head_dim} and mix_ratio={self.mix_ratio} do not split "
+                f"projector_hidden_size={channels} into whole heads for both EMHSA and MHCA"
+            )
+        if self.delta_rank < 0 or self.spatial_reduction < 1 or self.block_mlp_ratio < 1:
+            raise ValueError(
+                f"delta_rank={self.delta_rank} must be at least 0, spatial_reduction={self.spatial_reduction} and "
+                f"block_mlp_ratio={self.block_mlp_ratio} at least 1"
+            )
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate={self.drop_path_rate} is outside [0, 1)")
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of the image."""
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patch tokens the tower computes for one image."""
+        return self.grid_size**2
+
+    @property
+    def legal_num_visual_tokens(self) -> list[int]:
+        """Every budget the projector can run at, largest first."""
+        return legal_visual_tokens(self.grid_size)
+
+    @property
+    def block_attention_size(self) -> int:
+        """Channels of EMHSA: `mix_ratio` of the projector's width, rounded to whole heads."""
+        return max(1, round(self.projector_hidden_size * self.mix_ratio / self.block_head_dim)) * self.block_head_dim
+
+    def scale_factor(self, num_visual_tokens: int | None = None) -> int:
+        """Side `s` of the patch window of one visual token at a budget (by default the config's own)."""
+        return scale_factor(self.num_visual_tokens if num_visual_tokens is None else num_visual_tokens, self.grid_size)
+
+    def hidden_state_index(self, layer: int) -> int:
+        """A possibly negative layer index as a position among the tower's `num_hidden_layers + 1` hidden states."""
+        return layer if layer >= 0 else self.vision_config.num_hidden_layers + 1 + layer
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        # Loading from a remote repository prefixes the entries with its name; what is saved stands on its own.
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+DeltaLlavaConfig.register_for_auto_class()
+
+__all__ = ["DeltaLlavaConfig", "legal_visual_tokens", "scale_factor"]

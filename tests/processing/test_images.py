@@ -1,0 +1,266 @@
+"""Pixels, bit for bit with the released preprocessing, budgets, and every image that is not a plain RGB photo."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modeling_delta_llava.building import build_image_processor, build_processor, load_tokenizer
+from modeling_delta_llava.configuration_delta_llava import DeltaLlavaConfig
+from modeling_delta_llava.processing_delta_llava import DeltaLlavaProcessor
+from tests.tiny import TOWERS, encoded, picture, tiny_config
+from tests.training_layout import TrainingLayout, write_tokenizer
+
+GOLDEN = np.load(Path(__file__).parents[1] / "data" / "image_golden.npz")
+
+
+def golden_picture(width: int, height: int) -> Image.Image:
+    columns, rows = np.meshgrid(np.arange(width), np.arange(height))
+    channels = [columns * 255 // max(width - 1, 1), rows * 255 // max(height - 1, 1), (columns + rows) % 256]
+    pixels = np.stack(channels, axis=-1).astype(np.uint8)
+    generator = np.random.RandomState(5)
+    for _ in range(24):
+        left, top = generator.randint(0, width), generator.randint(0, height)
+        block_width, block_height = generator.randint(1, max(2, width // 4)), generator.randint(1, max(2, height // 4))
+        pixels[top : top + block_height, left : left + block_width] = generator.randint(0, 256, 3)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("name", GOLDEN.files)
+def test_pixels_are_the_released_ones_bit_for_bit(name):
+    size, mode, shape = name.split("_")
+    vision_config = DeltaLlavaConfig(
+        vision_config={**TOWERS["clip"], "image_size": int(size), "patch_size": 14}
+    ).vision_config
+    processor = build_image_processor(vision_config, image_aspect_ratio=mode)
+    assert "Pil" in type(processor).__name__, "the golden values are PIL's; run this test without torchvision"
+    pixels = processor(golden_picture(*map(int, shape.split("x"))), return_tensors="np")["pixel_values"][0]
+    np.testing.assert_array_equal(pixels[:, ::7, ::7], GOLDEN[name])
+
+
+def test_there_are_24_golden_pictures():
+    assert len(GOLDEN.files) == 24
+
+
+def test_siglip_gets_its_own_mean_and_size():
+    vision_config = tiny_config("siglip").vision_config
+    processor = build_image_processor(vision_config, image_aspect_ratio="pad")
+    pixels = processor(picture("white", (36, 18)), return_tensors="np")["pixel_values"][0]
+    assert pixels.shape == (3, 36, 36)
+    assert pixels[0, 18, 18] == pytest.approx(1.0)
+    assert abs(pixels[0, 0, 0]) < 0.01  # padding has the mean colour
+
+
+def ask(processor, image, **kwargs):
+    return processor(text="USER: <image>\nWhat? ASSISTANT:", images=image, return_tensors="pt", **kwargs)
+
+
+RGB = picture((200, 30, 90))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        RGB.convert("RGBA"),
+        RGB.convert("P", palette=Image.Palette.ADAPTIVE),
+        RGB.convert("CMYK"),
+        RGB.convert("YCbCr"),
+        RGB.convert("HSV"),
+        np.asarray(RGB),
+        torch.from_numpy(np.asarray(RGB).copy()).permute(2, 0, 1),
+    ],
+    ids=["RGBA", "palette", "CMYK", "YCbCr", "HSV", "numpy", "torch"],
+)
+def test_colour_modes_are_converted(image, processor):
+    torch.testing.assert_close(
+        ask(processor, image)["pixel_values"], ask(processor, RGB)["pixel_values"], atol=0.05, rtol=0
+    )
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA"])
+def test_grey_modes_are_converted(mode, processor):
+    grey = picture("white").convert(mode)
+    assert torch.equal(ask(processor, grey)["pixel_values"], ask(processor, picture("white"))["pixel_values"])
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I"])
+@pytest.mark.parametrize(("value", "grey"), [(1, 0), (200, 0), (255, 0), (256, 1), (0x8080, 128), (0xFFFF, 255)])
+def test_sixteen_bits_are_scaled_and_not_clipped(value, grey, mode, processor):
+    image = Image.fromarray(np.full((8, 8), value, np.uint16))
+    image = image if mode == "I;16" else image.convert("I")
+    assert image.mode == mode
+    expected = ask(processor, picture((grey, grey, grey), (8, 8)))["pixel_values"]
+    assert torch.equal(ask(processor, image)["pixel_values"], expected)
+
+
+@pytest.mark.parametrize("value", [-1, 70000])
+def test_integers_beyond_sixteen_bits_are_refused(value, processor):
+    with pytest.raises(ValueError, match=r"Image 0 .*outside 0 to 65535"):
+        ask(processor, Image.fromarray(np.full((8, 8), value, np.int32)))
+
+
+def test_floating_point_pictures_are_refused(processor):
+    with pytest.raises(ValueError, match=r"Image 0 .*mode 'F'"):
+        ask(processor, Image.new("F", (8, 8), 0.5))
+
+
+def test_animated_pictures_use_their_current_frame(processor):
+    stream = io.BytesIO()
+    picture("black").save(stream, "GIF", save_all=True, append_images=[picture("white")])
+    with Image.open(stream) as animation:
+        assert animation.n_frames == 2
+        pixels = ask(processor, animation)["pixel_values"]
+    assert torch.equal(pixels, ask(processor, picture("black"))["pixel_values"])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1), (31, 33)])
+def test_extreme_shapes_are_padded_to_squares(size, processor):
+    output = ask(processor, picture("white", size))
+    assert output["pixel_values"].shape == (1, 3, 32, 32)
+
+
+def test_extreme_shapes_without_padding_say_what_to_do(processor):
+    with pytest.raises(ValueError, match=r"Image 0 is 1 x 4000: .*do_pad=True"):
+        ask(processor, picture("white", (1, 4000)), do_pad=False)
+    assert ask(processor, picture("white", (1, 150)), do_pad=False)["pixel_values"].shape == (1, 3, 32, 32)
+
+
+def test_padding_does_not_build_huge_squares(processor):
+    with pytest.raises(ValueError, match="Image 0 is 1 x 20000: padded to a square it would have 400,000,000 pixels"):
+        ask(processor, picture("white", (1, 20000)))
+    with pytest.raises(ValueError, match="padded to a square"):
+        ask(processor, np.zeros((20000, 1, 3), np.uint8))
+
+
+def test_truncated_files_name_the_image(processor):
+    noise = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
+    data = encoded(noise, "JPEG")
+    with pytest.raises(ValueError, match="Image 1 cannot be read"):
+        processor(text="<image><image> ?", images=[RGB, Image.open(io.BytesIO(data[: len(data) // 2]))])
+
+
+@pytest.mark.parametrize("image", [42, {"a": 1}, object()], ids=["int", "dict", "object"])
+def test_wrong_types_are_refused(image, processor):
+    with pytest.raises(TypeError, match=rf"Image 1 is a {type(image).__name__}: give"):
+        processor(text="<image><image>", images=[RGB, image])
+
+
+def test_missing_files_are_refused(processor, tmp_path):
+    with pytest.raises(ValueError, match=r"gone\.png"):
+        ask(processor, str(tmp_path / "gone.png"))
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "message"),
+    [
+        ("no placeholder", [RGB], "hold 0 <image> placeholders.* 1 images"),
+        ("<image> ?", None, "hold 1 <image> placeholders.* 0 images"),
+        ("<image> ?", [RGB, RGB], "hold 1 <image> placeholders.* 2 images"),
+        (["<image> ?", "<image><image>"], [RGB, RGB], r"\[1, 2\] per prompt.* 2 images"),
+        (["<image> ?", "<image><image>"], [[RGB], [RGB]], "Prompt 1 holds 2 <image> placeholders but 1 images"),
+        (["<image> ?", "fine"], [[], [RGB]], "Prompt 0 holds 1 <image> placeholders but 0 images"),
+        (["<image> ?", "fine"], [[RGB]], "2 prompts but 1 lists of images"),
+        ("", None, "prompt is empty"),
+        (["fine", "  "], None, "prompt is empty"),
+        (7, None, "string"),
+    ],
+)
+def test_mismatches_name_both_numbers(text, images, message, processor):
+    with pytest.raises((ValueError, TypeError), match=message):
+        processor(text=text, images=images)
+
+
+def test_truncation_inside_an_image_is_refused(processor):
+    first = ask(processor, RGB)["input_ids"][0].tolist().index(processor.image_token_id)
+    with pytest.raises(ValueError, match="truncation"):
+        ask(processor, RGB, truncation=True, max_length=first + 2)
+
+
+# --- budgets ---------------------------------------------------------------------------------------
+
+
+def test_default_budget_returns_no_budgets(processor):
+    output = ask(processor, RGB)
+    assert "num_visual_tokens" not in output
+    assert (output["input_ids"] == processor.image_token_id).sum() == 4
+
+
+def test_one_budget_for_all_images_and_one_for_each(processor):
+    prompts = ["<image><image> ?", "<image> ?"]
+    output = processor(
+        text=prompts, images=[[RGB, RGB], [RGB]], num_visual_tokens=16, padding=True, return_tensors="pt"
+    )
+    assert output["num_visual_tokens"].tolist() == [16, 16, 16]
+    assert (output["input_ids"] == processor.image_token_id).sum(-1).tolist() == [32, 16]
+    output = processor(
+        text=prompts, images=[[RGB, RGB], [RGB]], num_visual_tokens=[1, 16, 4], padding=True, return_tensors="pt"
+    )
+    assert output["num_visual_tokens"].dtype == torch.int64
+    assert output["num_visual_tokens"].tolist() == [1, 16, 4]
+    assert (output["input_ids"] == processor.image_token_id).sum(-1).tolist() == [17, 4]
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (9, r"choose one of \[16, 4, 1\]"),
+        (0, "choose one of"),
+        ([4, 4], "2 entries for 1 images"),
+        ([5], "choose one"),
+    ],
+)
+def test_wrong_budgets_say_which_are_right(budget, message, processor):
+    with pytest.raises(ValueError, match=message):
+        ask(processor, RGB, num_visual_tokens=budget)
+
+
+def test_budgets_are_checked_without_images_too(processor):
+    with pytest.raises(ValueError, match="choose one of"):
+        processor(text="hi", num_visual_tokens=7)
+
+
+def test_text_only_prompts_and_prompts_with_images_mix(processor):
+    output = processor(text=["hello", "<image> ?"], images=[[], [RGB]], padding=True, return_tensors="pt")
+    assert output["pixel_values"].shape[0] == 1
+    assert output["attention_mask"][0].tolist() == sorted(output["attention_mask"][0].tolist())  # padded on the left
+
+
+def test_templates_take_budgets(processor):
+    content = [{"type": "image", "image": RGB}, {"type": "text", "text": "What?"}]
+    output = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"num_visual_tokens": 16},
+    )
+    assert output["num_visual_tokens"].tolist() == [16]
+
+
+def test_what_inference_servers_ask_for(processor):
+    counts = processor._get_num_multimodal_tokens(image_sizes=[(40, 30), (10, 10)])
+    assert (counts["num_image_tokens"], counts["num_image_patches"]) == ([4, 4], [1, 1])
+    assert processor._get_num_multimodal_tokens([(1, 1)], num_visual_tokens=16)["num_image_tokens"] == [16]
+    assert processor.replace_image_token({"num_visual_tokens": [1, 16]}, 1) == "<image>" * 16
+    assert processor.image_token_ids == [processor.image_token_id]
+    output = processor(text="<image> ?", images=[RGB], return_mm_token_type_ids=True)
+    kinds = np.asarray(output["mm_token_type_ids"][0])
+    assert (kinds == (np.asarray(output["input_ids"][0]) == processor.image_token_id)).all()
+
+
+def test_saved_processor_loads_the_same(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    loaded = DeltaLlavaProcessor.from_pretrained(tmp_path)
+    assert (loaded.num_visual_tokens, loaded.grid_size, loaded.image_token) == (4, 4, "<image>")
+    assert loaded.chat_template == processor.chat_template
+    assert torch.equal(ask(loaded, RGB)["pixel_values"], ask(processor, RGB)["pixel_values"])
+
+
+def test_a_tokenizer_without_the_image_token_is_refused(tmp_path):
+    write_tokenizer(tmp_path, TrainingLayout())
+    tokenizer, _ = load_tokenizer(tmp_path, "llama")
+    with pytest.raises(ValueError, match="no token '<picture>'"):
+        build_processor(tiny_config(), tokenizer, "<picture>")

@@ -1,0 +1,182 @@
+"""The command line around the commands: help, version, errors as one line, exit statuses."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from modeling_delta_llava import cli
+from modeling_delta_llava.errors import UserError
+
+HEAVY = ("torch", "transformers", "huggingface_hub", "numpy", "PIL", "safetensors", "datasets")
+
+
+def run_module(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "modeling_delta_llava.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.fixture
+def failing_command(monkeypatch):
+    """Adds a command `fail` that raises what the test puts into the returned dict, and removes it afterwards."""
+    raised: dict[str, BaseException] = {}
+    monkeypatch.setattr(cli.app, "registered_commands", list(cli.app.registered_commands))
+
+    @cli.app.command()
+    def fail(count: int = 1) -> None:
+        raise raised["error"]
+
+    return raised
+
+
+@pytest.mark.parametrize("option", ["--help", "-h", "--version"])
+def test_imports_nothing_heavy(option: str):
+    code = (
+        "import sys\n"
+        "from modeling_delta_llava.cli import main\n"
+        f"status = main([{option!r}])\n"
+        f"print('heavy:', *[name for name in {HEAVY!r} if name in sys.modules])\n"
+        "sys.exit(status)"
+    )
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stdout.splitlines()[-1].strip() == "heavy:"
+
+
+def test_help_of_every_command_imports_nothing_heavy():
+    names = [command.name or command.callback.__name__.replace("_", "-") for command in cli.app.registered_commands]
+    code = (
+        "import sys\n"
+        "from modeling_delta_llava.cli import main\n"
+        f"statuses = [main([name, '--help']) for name in {names!r}]\n"
+        f"heavy = [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "assert not heavy, heavy\n"
+        "assert not any(statuses), statuses"
+    )
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert completed.returncode == 0, completed.stderr
+
+
+def test_every_command_has_help_and_a_section():
+    sections = {cli.USE, cli.CONVERT, cli.PUBLISH, cli.TRAIN, cli.MEASURE}
+    for command in cli.app.registered_commands:
+        assert command.callback.__doc__ or command.help
+        assert command.rich_help_panel in sections
+
+
+def test_version(capsys):
+    from importlib.metadata import version
+
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"delta-llava {version('delta-llava')}\n"
+
+
+def test_console_script_is_installed():
+    script = os.path.join(os.path.dirname(sys.executable), "delta-llava")
+    completed = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=120)
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stdout.startswith("delta-llava ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["nonsense"], "nonsense"),
+        (["--nonsense"], "--nonsense"),
+        (["fail", "--nonsense"], "delta-llava fail --help"),
+        (["fail", "--count", "many"], "'--count'"),
+        (["fail", "extra"], "extra"),
+    ],
+)
+def test_usage_error_is_one_line(capsys, failing_command, arguments: list[str], expected: str):
+    assert cli.main(arguments) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    assert expected in output.err
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UserError("no such budget: 5; legal are 576, 144"), "error: no such budget: 5; legal are 576, 144"),
+        (UserError("first\n  second"), "error: first second"),
+        (FileNotFoundError(2, "No such file or directory", "a b.jpg"), "error: No such file or directory: a b.jpg"),
+        (PermissionError(13, "Permission denied", "out"), "error: Permission denied: out"),
+        (OSError("x is not a local folder\nand not on the Hub"), "error: x is not a local folder and not on the Hub"),
+        (typer.BadParameter("bad value"), "error: Invalid value: bad value (see 'delta-llava fail --help')"),
+    ],
+)
+def test_user_error_is_one_line(capsys, failing_command, error: BaseException, line: str):
+    failing_command["error"] = error
+    assert cli.main(["fail"]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err == f"{line}\n"
+
+
+def test_a_fault_of_ours_is_not_disguised(failing_command):
+    failing_command["error"] = ZeroDivisionError("ours")
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["fail"])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), typer.Abort()])
+def test_interrupt(capsys, failing_command, error: BaseException):
+    failing_command["error"] = error
+    assert cli.main(["fail"]) == 130
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.strip().splitlines() == ["interrupted"]
+
+
+def test_exit_status_of_a_command(failing_command):
+    failing_command["error"] = typer.Exit(3)
+    assert cli.main(["fail"]) == 3
+
+
+@pytest.mark.parametrize("by_option", [True, False])
+def test_traceback_on_request(monkeypatch, failing_command, by_option: bool):
+    failing_command["error"] = UserError("wrong")
+    if not by_option:
+        monkeypatch.setenv(cli.TRACEBACK_VARIABLE, "1")
+    with pytest.raises(UserError, match="wrong"):
+        cli.main(["--traceback", "fail"] if by_option else ["fail"])
+
+
+def test_traceback_variable_set_to_zero_means_off(monkeypatch, failing_command):
+    failing_command["error"] = UserError("wrong")
+    monkeypatch.setenv(cli.TRACEBACK_VARIABLE, "0")
+    assert cli.main(["fail"]) == 2
+
+
+def test_no_arguments_prints_the_help():
+    completed = run_module()
+    assert completed.returncode == 0, completed.stderr
+    assert "Usage: delta-llava" in completed.stdout
+    assert completed.stdout == run_module("--help").stdout
+
+
+def test_reader_that_leaves_early_gets_no_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        completed = subprocess.run(
+            [sys.executable, "-m", "modeling_delta_llava.cli", "--help"],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    finally:
+        os.close(writer)
+    assert completed.stderr == ""
+    assert completed.returncode == 1
