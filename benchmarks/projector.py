@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_delta_llava import DeltaLlavaConfig
 from modeling_delta_llava.evaluation.counts import projector_flops
-from modeling_delta_llava.modeling_delta_llava import DeltaLlavaProjector
+from modeling_delta_llava.projector_delta_llava import DeltaLlavaProjector
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product")

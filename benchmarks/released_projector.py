@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modeling_delta_llava.modeling_delta_llava import (
+from modeling_delta_llava.projector_delta_llava import (
     DeltaLlavaProjector,
     DeltaLlavaTransformerBlock,
     DeltaProjection,

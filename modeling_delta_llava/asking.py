@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def ask(
 
     if not question.strip():
         raise UserError("the question is empty")
-    if question.startswith(("http://", "https://")) or Path(question).is_file():
+    if len(question.split()) == 1 and (question.startswith(("http://", "https://")) or os.path.isfile(question)):
         raise UserError(f"the question is missing: put it last, in quotes, behind {question}")
     budgets = parse_budgets(num_visual_tokens)
     pictures = [open_image(image) for image in images]

@@ -1,6 +1,6 @@
 """The Delta projector rearranged for inference: the same function with fewer operations.
 
-Symbols as in `modeling_delta_llava.py`; A channels of EMHSA, L of MHCA.
+Symbols as in `projector_delta_llava.py`; A channels of EMHSA, L of MHCA.
 """
 
 import torch

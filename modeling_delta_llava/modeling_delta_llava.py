@@ -1,15 +1,12 @@
 """Delta-LLaVA (Zamini and Shukla, WACV 2026, arXiv 2512.18910): LLaVA-1.5 with a token-reducing projector.
 
-The projector computes what the authors' released training code computes; where the paper's equations differ from
-that code, the code decides. Symbols: B images, N = H x W patches, s the side of a window of patches, V = g x g visual
-tokens with g = H / s, C projector channels, M memory layers, r the rank of a DeltaProjection, D the language model's
-width.
+Vision tower -> Delta projector (`projector_delta_llava.py`) -> language model. Symbols: B images, N = H x W patches,
+V visual tokens per image, C channels of the tower, M memory layers, D the language model's width.
 """
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
@@ -18,8 +15,9 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .configuration_delta_llava import DeltaLlavaConfig
-from .fusion_delta_llava import FusedDeltaProjector, check_fusible, weight_versions
+from .fusion_delta_llava import check_fusible
 from .generation_delta_llava import DeltaLlavaGenerationMixin
+from .projector_delta_llava import DeltaLlavaProjector, DeltaProjection, UniformLinear
 
 logger = logging.get_logger(__name__)
 
@@ -53,298 +51,6 @@ class DeltaLlavaCausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     image_hidden_states: torch.FloatTensor | None = None
-
-
-class UniformLinear(nn.Linear):
-    """A Linear whose weights start uniform in +-`bound`, its biases in +-`bias_bound`.
-
-    It stands for the parts of the released projector that keep PyTorch's own initialisation: 1x1 convolutions and the
-    packed input projection of `nn.MultiheadAttention`.
-    """
-
-    def __init__(self, in_features: int, out_features: int, bias: bool, bound: float, bias_bound: float = 0.0):
-        super().__init__(in_features, out_features, bias=bias)
-        self.bound = bound
-        self.bias_bound = bias_bound
-
-
-def pointwise_convolution(in_channels: int, out_channels: int, bias: bool = False) -> UniformLinear:
-    """A 1x1 convolution over channels-last tokens, with the default initialisation of `nn.Conv2d`."""
-    bound = in_channels**-0.5
-    return UniformLinear(in_channels, out_channels, bias, bound, bias_bound=bound)
-
-
-def position_table(grid_size: int, source_grid_size: int, channels: int, device: torch.device) -> torch.Tensor:
-    """The 2-D sin-cos position table `(grid_size**2, channels)` in fp32 (Pos2D of Eq. 3).
-
-    The released code builds it for the patch grid and resizes it bicubically. The first half of the channels depends
-    on the column alone and the second half, with the same values, on the row alone: one axis is resized for both.
-    """
-    exponents = torch.arange(channels // 4, dtype=torch.float32, device=device) / (channels // 4)
-    angles = torch.arange(source_grid_size, dtype=torch.float32, device=device)[:, None] * 10000.0**-exponents
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [H, C / 2]
-    if grid_size != source_grid_size:
-        axis = F.interpolate(axis.T[None, :, None], size=(1, grid_size), mode="bicubic", align_corners=False)
-        axis = axis[0, :, 0].T  # [g, C / 2]
-    columns = axis[None].expand(grid_size, -1, -1)
-    rows = axis[:, None].expand(-1, grid_size, -1)
-    return torch.cat([columns, rows], dim=-1).flatten(0, 1)  # [g * g, C]
-
-
-class DeltaProjection(nn.Module):
-    """`LayerNorm(GELU(W x + (U V)^T x))`: a base weight with a low-rank update (Section 4.2, Eq. 4)."""
-
-    def __init__(self, in_features: int, out_features: int, rank: int):
-        super().__init__()
-        self.base = nn.Linear(in_features, out_features, bias=False)
-        self.rank = rank
-        if rank > 0:
-            self.delta_u = nn.Parameter(torch.empty(in_features, rank))
-            self.delta_v = nn.Parameter(torch.empty(rank, out_features))
-        self.norm = nn.LayerNorm(out_features, eps=1e-6)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        projected = self.base(hidden_states)
-        if self.rank > 0:
-            projected = projected + hidden_states @ self.delta_u @ self.delta_v
-        return self.norm(F.gelu(projected))
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: in training, a sample's residual branch is dropped with `rate` and scaled up otherwise."""
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, branch: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.rate == 0.0:
-            return branch
-        keep = torch.rand(branch.shape[0], *[1] * (branch.ndim - 1), device=branch.device) >= self.rate
-        return branch * keep.to(branch.dtype) / (1.0 - self.rate)
-
-
-class EfficientSelfAttention(nn.Module):
-    """EMHSA: pre-normalised self-attention whose keys and values may be average-pooled (Section 4.1, Eq. 2)."""
-
-    def __init__(self, channels: int, head_dim: int, spatial_reduction: int):
-        super().__init__()
-        self.head_dim = head_dim
-        self.window = spatial_reduction**2
-        self.norm = nn.LayerNorm(channels)
-        self.q_proj = nn.Linear(channels, channels)
-        self.k_proj = nn.Linear(channels, channels)
-        self.v_proj = nn.Linear(channels, channels)
-        self.out_proj = nn.Linear(channels, channels)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        queries = memory = self.norm(hidden_states)  # [B, V, C1]
-        if 1 < self.window <= memory.shape[1]:
-            memory = F.avg_pool1d(memory.transpose(1, 2), self.window).transpose(1, 2).contiguous()  # [B, V / r^2, C1]
-        heads = (
-            projection(tokens).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, V, head_dim]
-            for projection, tokens in ((self.q_proj, queries), (self.k_proj, memory), (self.v_proj, memory))
-        )
-        attended = F.scaled_dot_product_attention(*heads)
-        return self.out_proj(attended.transpose(1, 2).flatten(2))  # [B, V, C1]
-
-
-class ConvolutionalMixer(nn.Module):
-    """MHCA: grouped 3x3 convolution, LayerNorm over channels, ReLU and a channel mix (Section 4.1)."""
-
-    def __init__(self, channels: int, head_dim: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels // head_dim, bias=False)
-        self.norm = nn.LayerNorm(channels)
-        self.out_proj = pointwise_convolution(channels, channels)
-
-    def forward(self, hidden_states: torch.Tensor, grid_size: int) -> torch.Tensor:
-        grid = hidden_states.transpose(1, 2).unflatten(2, (grid_size, grid_size))  # [B, C2, g, g]
-        mixed = self.conv(grid).flatten(2).transpose(1, 2)  # [B, V, C2]
-        return self.out_proj(F.relu(self.norm(mixed)))
-
-
-class DeltaLlavaBlockMLP(nn.Module):
-    """Two pointwise convolutions with a ReLU between them."""
-
-    def __init__(self, channels: int, hidden_channels: int):
-        super().__init__()
-        self.fc1 = pointwise_convolution(channels, hidden_channels, bias=True)
-        self.fc2 = pointwise_convolution(hidden_channels, channels, bias=True)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.relu(self.fc1(hidden_states)))
-
-
-class DeltaLlavaTransformerBlock(nn.Module):
-    """The Next-ViT-style block that specialises the queries: EMHSA -> MHCA -> MLP (Section 4.3)."""
-
-    def __init__(self, config: DeltaLlavaConfig):
-        super().__init__()
-        channels, attention_channels = config.projector_hidden_size, config.block_attention_size
-        local_channels = channels - attention_channels
-        rate = config.drop_path_rate
-        self.use_emhsa = config.use_emhsa
-        self.input_proj = pointwise_convolution(config.vision_config.hidden_size, attention_channels)
-        if self.use_emhsa:
-            self.attention_norm = nn.LayerNorm(attention_channels)
-            self.attention = EfficientSelfAttention(
-                attention_channels, config.block_head_dim, config.spatial_reduction
-            )
-            self.attention_drop_path = DropPath(rate * config.mix_ratio)
-        self.local_proj = pointwise_convolution(attention_channels, local_channels)
-        self.local_mixer = ConvolutionalMixer(local_channels, config.block_head_dim)
-        self.local_drop_path = DropPath(rate * (1 - config.mix_ratio))
-        self.mlp = DeltaLlavaBlockMLP(channels, config.block_mlp_ratio * channels)
-        self.mlp_drop_path = DropPath(rate)
-
-    def forward(self, hidden_states: torch.Tensor, grid_size: int) -> torch.Tensor:
-        attended = self.input_proj(hidden_states)  # [B, V, C1]
-        if self.use_emhsa:
-            attended = attended + self.attention_drop_path(self.attention(self.attention_norm(attended)))
-        local = self.local_proj(attended)  # [B, V, C2]
-        local = local + self.local_drop_path(self.local_mixer(local, grid_size))
-        mixed = torch.cat([attended, local], dim=-1)  # [B, V, C]
-        return mixed + self.mlp_drop_path(self.mlp(mixed))
-
-
-class WindowedCrossAttention(nn.Module):
-    """Each query token attends to exactly the s x s patches of its own cell (Eq. 9-10)."""
-
-    def __init__(self, channels: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        packed_bound = (6 / (4 * channels)) ** 0.5  # Xavier bound of the (3C, C) matrix that the released code packs
-        self.q_proj = UniformLinear(channels, channels, bias=True, bound=packed_bound)
-        self.k_proj = UniformLinear(channels, channels, bias=True, bound=packed_bound)
-        self.v_proj = UniformLinear(channels, channels, bias=True, bound=packed_bound)
-        self.out_proj = nn.Linear(channels, channels)
-
-    def windows(self, tokens: torch.Tensor, grid_size: int, scale: int) -> torch.Tensor:
-        """Patch tokens `(B, g*s * g*s, C)` as `(B * g * g, heads, s * s, C / heads)`."""
-        batch_size = tokens.shape[0]
-        tokens = tokens.view(batch_size, grid_size, scale, grid_size, scale, self.num_heads, -1)
-        tokens = tokens.permute(0, 1, 3, 5, 2, 4, 6)  # [B, g, g, heads, s, s, C / heads]
-        return tokens.reshape(batch_size * grid_size**2, self.num_heads, scale**2, -1)
-
-    def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: int) -> torch.Tensor:
-        batch_size, num_visual_tokens, channels = queries.shape
-        grid_size = round(num_visual_tokens**0.5)
-        attended = F.scaled_dot_product_attention(
-            self.windows(self.q_proj(queries), grid_size, 1),
-            self.windows(self.k_proj(keys), grid_size, scale),
-            self.windows(self.v_proj(values), grid_size, scale),
-        )  # [B * V, heads, 1, C / heads]
-        return self.out_proj(attended.reshape(batch_size, num_visual_tokens, channels))
-
-
-class DeltaLlavaProjector(nn.Module):
-    """The Delta projector: N patch tokens in two streams to V visual tokens in the language model's space (Section 4).
-
-    No weight depends on the budget: the same projector runs at every `s` that divides the patch grid.
-    """
-
-    def __init__(self, config: DeltaLlavaConfig):
-        super().__init__()
-        channels, text_channels = config.projector_hidden_size, config.text_config.hidden_size
-        vision_channels = config.vision_config.hidden_size
-        memory_channels = vision_channels * len(config.memory_feature_layers)
-        self.source_grid_size = config.grid_size
-        self.visual_token_scale = config.visual_token_scale
-        if config.use_transformer_block:
-            self.query_block = DeltaLlavaTransformerBlock(config)
-            vision_channels = channels
-        else:
-            self.query_block = None
-        self.query_channels = vision_channels
-        self.query_projection = DeltaProjection(vision_channels, channels, config.delta_rank)
-        self.key_projection = DeltaProjection(memory_channels, channels, config.delta_rank)
-        self.value_projection = DeltaProjection(memory_channels, channels, config.delta_rank)
-        self.cross_attention = WindowedCrossAttention(channels, config.projector_num_attention_heads)
-        self.linear_1 = nn.Linear(channels, text_channels)
-        self.linear_2 = nn.Linear(text_channels, text_channels)
-        self.fused = None
-
-    def fuse(self):
-        """Fold copies of the weights for inference; see [`FusedDeltaProjector`] for what is folded and refused."""
-        self.fused = FusedDeltaProjector(self)
-
-    def unfuse(self):
-        """Drop the folded copies."""
-        self.fused = None
-
-    def train(self, mode: bool = True):
-        if mode:
-            self.unfuse()
-        return super().train(mode)
-
-    def _fused_is_current(self) -> bool:
-        """Whether folded weights can stand for the plain ones: no gradient is wanted and no weight has changed."""
-        if self.fused is None or torch.is_grad_enabled():
-            return False
-        if torch.compiler.is_compiling() or self.fused.versions == weight_versions(self):
-            return True
-        self.unfuse()
-        return False
-
-    def positions(self, grid_size: int, device: torch.device) -> torch.Tensor:
-        """Position table `(V, C)` of the queries in fp32."""
-        return position_table(grid_size, self.source_grid_size, self.query_channels, device)
-
-    def queries(self, query_features: torch.Tensor, grid_size: int) -> torch.Tensor:
-        """Query tokens `(B, V, C)` from the query stream `(B, N, C)` (Section 4.1 and Eq. 3, 4 and 6)."""
-        source = self.source_grid_size
-        if grid_size != source:
-            grid = query_features.transpose(1, 2).unflatten(2, (source, source))  # [B, C, H, W]
-            grid = F.interpolate(grid, size=(grid_size, grid_size), mode="bilinear", align_corners=False)
-            # Contiguous: the linear layers that inference servers put in demand it.
-            query_features = grid.flatten(2).transpose(1, 2).contiguous()  # [B, V, C]
-        if self.query_block is not None:
-            query_features = self.query_block(query_features, grid_size)
-        positions = self.positions(grid_size, query_features.device)
-        return self.query_projection((query_features + positions).to(query_features.dtype))
-
-    def forward(
-        self, query_features: torch.Tensor, memory_features: torch.Tensor, scale: int | list[int]
-    ) -> torch.Tensor | list[torch.Tensor]:
-        """
-        Args:
-            query_features (`torch.Tensor` of shape `(B, N, C)`): patch tokens of the query layer.
-            memory_features (`torch.Tensor` of shape `(B, N, M * C)`): patch tokens of the memory layers.
-            scale (`int` or `list[int]`): side s of the window of patches that one visual token reads, for all images
-                or for each of the B.
-
-        Returns:
-            `torch.Tensor` of shape `(B, (H / s)**2, D)`: visual tokens in row-major order; for a list of scales a
-            list of one `((H / s)**2, D)` tensor per image.
-        """
-        if isinstance(scale, int):
-            return self._project(query_features, memory_features, scale)
-        visual_tokens = [None] * len(scale)
-        for each in dict.fromkeys(scale):
-            images = [image for image, other in enumerate(scale) if other == each]
-            streams = (query_features, memory_features)
-            if len(images) < len(scale):
-                streams = (stream[images] for stream in streams)
-            for image, tokens in zip(images, self._project(*streams, each), strict=True):
-                visual_tokens[image] = tokens
-        return visual_tokens
-
-    def _project(self, query_features: torch.Tensor, memory_features: torch.Tensor, scale: int) -> torch.Tensor:
-        if self._fused_is_current():
-            hidden = self.fused(query_features, memory_features, scale)
-        else:
-            values = self.value_projection(memory_features)
-            if scale == 1 and not self.training:
-                # A window of one patch: the softmax is 1 and neither queries nor keys can change the result.
-                attended = self.cross_attention.out_proj(self.cross_attention.v_proj(values))
-            else:
-                queries = self.queries(query_features, self.source_grid_size // scale)
-                keys = self.key_projection(memory_features)
-                attended = self.cross_attention(queries, keys, values, scale)
-            hidden = self.linear_1(attended)
-        visual_tokens = self.linear_2(F.gelu(hidden))
-        return visual_tokens if self.visual_token_scale == 1 else visual_tokens * self.visual_token_scale
 
 
 class DeltaLlavaPreTrainedModel(PreTrainedModel):
@@ -569,9 +275,10 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         `counts` are the visual tokens of each image, `mask` says where image tokens stand.
         """
         positions = mask.nonzero()  # [sum of V, (row, column)]
-        ends = torch.tensor(counts, device=mask.device).cumsum(0)
-        first, last = positions[ends - ends.new_tensor(counts)], positions[ends - 1]
-        torn = (last[:, 0] != first[:, 0]) | (last[:, 1] - first[:, 1] != ends.new_tensor(counts) - 1)
+        lengths = torch.tensor(counts, dtype=torch.long, device=mask.device)
+        ends = lengths.cumsum(0)
+        first, last = positions[ends - lengths], positions[ends - 1]
+        torn = (last[:, 0] != first[:, 0]) | (last[:, 1] - first[:, 1] != lengths - 1)
         if torn.any():
             image = int(torn.nonzero()[0])
             raise ValueError(

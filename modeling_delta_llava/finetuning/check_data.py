@@ -233,5 +233,6 @@ def memory_estimate(arguments: RunArguments, config: DeltaLlavaConfig, longest: 
     return [
         f"Memory of one device    {total / 1e9:>14.1f} GB (estimated, nothing sharded)",
         f"{indent}weights, gradients and optimizer {weights / 1e9:.1f} GB",
-        f"{indent}activations of {rows} rows of {longest} tokens {activations / 1e9:.1f} GB, logits {logits / 1e9:.1f} GB",
+        f"{indent}activations of {rows} rows of {longest} tokens {activations / 1e9:.1f} GB",
+        f"{indent}logits of these {logits / 1e9:.1f} GB",
     ]

@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BitsAndByt
 from ..building import backbone_chat_template, build_processor, load_tokenizer, read_chat_template
 from ..configuration_delta_llava import DeltaLlavaConfig
 from ..errors import UserError
-from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProjector
+from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
+from ..projector_delta_llava import DeltaLlavaProjector
 from .arguments import DataArguments, DeltaLlavaTrainingArguments, ModelArguments
 from .parts import NOT_QUANTIZED, PROJECTOR_MODULE
 

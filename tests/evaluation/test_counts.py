@@ -18,7 +18,7 @@ from modeling_delta_llava.evaluation.counts import (
     projector_flops,
     tower_flops,
 )
-from modeling_delta_llava.modeling_delta_llava import DeltaLlavaProjector
+from modeling_delta_llava.projector_delta_llava import DeltaLlavaProjector
 from tests.tiny import tiny_config, tiny_model
 
 VICUNA_7B = "lmsys/vicuna-7b-v1.5"

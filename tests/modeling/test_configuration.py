@@ -121,7 +121,7 @@ def test_language_models_with_a_biased_head_are_refused():
 
 
 def test_encoder_decoder_language_models_are_refused():
-    with pytest.raises(ValueError, match="t5.*decoder-only"):
+    with pytest.raises(ValueError, match=r"t5.*decoder-only"):
         DeltaLlavaConfig(text_config={"model_type": "t5"})
 
 

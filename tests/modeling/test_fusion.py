@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from modeling_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
-from modeling_delta_llava.modeling_delta_llava import DeltaLlavaProjector
+from modeling_delta_llava.projector_delta_llava import DeltaLlavaProjector
 from tests.tiny import tiny_config, tiny_model
 
 GEOMETRIES = {
@@ -168,7 +168,13 @@ def assign_weights(projector: nn.Module):
     projector.load_state_dict(random_projector(tiny_config(), seed=1).state_dict(), assign=True)
 
 
-@pytest.mark.parametrize("change", [change_in_place, load_weights, assign_weights])
+def train_through_data(projector: nn.Module):
+    projector.train()
+    projector.key_projection.base.weight.data.mul_(-1.0)
+    projector.eval()
+
+
+@pytest.mark.parametrize("change", [change_in_place, load_weights, assign_weights, train_through_data])
 def test_changed_weights_are_never_answered_with_old_ones(change):
     config = tiny_config()
     projector = random_projector(config)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from modeling_delta_llava.configuration_delta_llava import DeltaLlavaConfig
 from modeling_delta_llava.conversion.keys import PROJECTOR_RULES, rename
-from modeling_delta_llava.modeling_delta_llava import (
-    DeltaLlavaModel,
+from modeling_delta_llava.modeling_delta_llava import DeltaLlavaModel
+from modeling_delta_llava.projector_delta_llava import (
     DeltaLlavaProjector,
     DeltaProjection,
     DropPath,
