@@ -37,7 +37,7 @@ def run(
     hub: LocalHub, tmp_path: Path, *arguments: str, start=("-m", "modeling_delta_llava.cli"), **variables: str
 ) -> subprocess.CompletedProcess:
     environment = hub.environment(tmp_path / "home", token=None) | {"PYTHONPATH": str(REPOSITORY)} | variables
-    command = [sys.executable, "-m", "modeling_delta_llava.cli", *map(str, arguments)]
+    command = [sys.executable, *start, *map(str, arguments)]
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=240, check=False, cwd=tmp_path
     )
