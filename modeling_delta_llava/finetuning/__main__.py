@@ -3,6 +3,7 @@
 import sys
 
 from ..errors import UserError
+from .checkpoints import one_line
 from .run import finetune
 
 
@@ -13,8 +14,8 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments else 2
     try:
         finetune(arguments[0], arguments[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import transformers
 import yaml
+from transformers.utils import is_torch_tf32_available
 
 from ..errors import UserError
 
@@ -266,9 +267,12 @@ def build_arguments(settings: dict[str, Any], where: str = "the settings") -> Ru
 
     model = ModelArguments(**groups[ModelArguments])
     data = DataArguments(**groups[DataArguments])
-    _check_together(model, data, groups[DeltaLlavaTrainingArguments], where, check_data)
+    chosen = groups[DeltaLlavaTrainingArguments]
+    _check_together(model, data, chosen, where, check_data)
+    if chosen.get("tf32") and not is_torch_tf32_available():
+        del chosen["tf32"]  # only a matter of speed: without such a device the recipes run all the same
     try:
-        training = DeltaLlavaTrainingArguments(**groups[DeltaLlavaTrainingArguments])
+        training = DeltaLlavaTrainingArguments(**chosen)
     except (ValueError, ImportError, TypeError) as error:
         raise UserError(f"{where}: {' '.join(str(error).split())}") from None
     return RunArguments(model=model, data=data, training=training, settings=settings, check_data=check_data)

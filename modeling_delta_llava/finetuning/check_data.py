@@ -21,7 +21,7 @@ from .data import load_rows
 from .parts import LANGUAGE_MODEL, count_parts, set_trained
 from .pictures import BrokenImageError, open_image
 from .rows import RowError, parse_row
-from .start import check_budgets, load_processor, local_folder, read_base_parts, read_model_config
+from .start import check_budgets, read_start
 from .text import ConversationEncoder, expand
 
 HISTOGRAM_BARS = 10
@@ -67,23 +67,10 @@ def check_data(arguments: RunArguments) -> str:
     Raises:
         UserError: the data file, the model's config or its tokenizer cannot be read.
     """
-    config, processor = read_without_weights(arguments)
+    config, processor = read_start(arguments.model, arguments.data)
     check_budgets(config, arguments.training.visual_token_budgets)
     facts = gather(arguments, processor)
     return report(arguments, config, facts)
-
-
-def read_without_weights(arguments: RunArguments) -> tuple[DeltaLlavaConfig, DeltaLlavaProcessor]:
-    """Config and processor of what the run starts from."""
-    model, data = arguments.model, arguments.data
-    if model.model is None:
-        parts = read_base_parts(model, data, weights=False)
-        return parts.config, parts.processor
-    folder = local_folder(model.model, "model", model.model_revision, weights=False)
-    config = read_model_config(folder)
-    processor = load_processor(folder, model, data)
-    config.num_visual_tokens = processor.num_visual_tokens
-    return config, processor
 
 
 def gather(arguments: RunArguments, processor: DeltaLlavaProcessor) -> DataFacts:

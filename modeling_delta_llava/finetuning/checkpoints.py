@@ -1,10 +1,13 @@
 """Checkpoints that are either finished or not there, and the identity of the run that wrote them."""
 
+import errno
 import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import UserError
@@ -33,12 +36,21 @@ IDENTITY = (
 )
 # Bytes per weight beside the weight itself that AdamW keeps of what is trained: two moments in fp32.
 OPTIMIZER_BYTES = 8
+# What writing files raises: Python itself, safetensors, and torch.save.
+SAVE_ERRORS = (OSError, SafetensorError, RuntimeError)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE_WORDS = ("no space left", "disk quota", "file too large", "failed writing file", "file write failed")
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Stores the settings of a run in a folder, to be compared when it is resumed. Secrets are left out."""
     settings = {name: value for name, value in settings.items() if not name.endswith("token")}
     (folder / SETTINGS_FILE).write_text(yaml.safe_dump(settings, sort_keys=True, allow_unicode=True), encoding="utf-8")
+
+
+def read_stored_settings(folder: Path) -> dict[str, Any]:
+    """What [`write_settings`] stored in a folder."""
+    return yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
 
 
 def last_finished_checkpoint(output_dir: Path) -> Path | None:
@@ -88,12 +100,11 @@ def checkpoint_to_resume(resume: str | bool | None, output_dir: Path, settings: 
 
 def check_identity(checkpoint: Path, settings: dict[str, Any]) -> None:
     """Raises `UserError` when a checkpoint was written by a run with another model or other data."""
-    file = checkpoint / SETTINGS_FILE
-    if not file.is_file():
+    if not (checkpoint / SETTINGS_FILE).is_file():
         raise UserError(
             f"{checkpoint}: no {SETTINGS_FILE}, so this is no checkpoint of `finetune`; give another folder"
         )
-    stored = yaml.safe_load(file.read_text(encoding="utf-8"))
+    stored = read_stored_settings(checkpoint)
     different = [name for name in IDENTITY if stored.get(name) != settings.get(name)]
     if different:
         name = different[0]
@@ -101,6 +112,28 @@ def check_identity(checkpoint: Path, settings: dict[str, Any]) -> None:
             f"{checkpoint} belongs to another run: {', '.join(different)} differ ({name} was {stored.get(name)!r}, "
             f"now {settings.get(name)!r}); give another --output_dir, or the settings of that run"
         )
+
+
+def with_stored_weights(state: dict[str, Tensor], model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """A model's state with the frozen weights that were rounded on loading as the starting folder stores them.
+
+    Args:
+        state: names and tensors of the whole model.
+        model: says what is frozen, and which weights are tied.
+        folder: Hub folder that the model was loaded from; its tensors are memory-mapped.
+    """
+    state = dict(state)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad} & state.keys()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stored:
+            for name in frozen & set(stored.keys()):
+                tensor = stored.get_tensor(name)
+                if tensor.dtype != state[name].dtype and tensor.shape == state[name].shape:
+                    state[name] = tensor
+    for target, source in model.all_tied_weights_keys.items():
+        if source in frozen and target in state:
+            state[target] = state[source]
+    return state
 
 
 def remove_unfinished(output_dir: Path) -> None:
@@ -124,3 +157,19 @@ def check_disk_space(folder: Path, weights: int, optimizer: int, keeps_old: bool
             f"output_dir: {folder} has {free / 1e9:.1f} GB free, but checkpoints need {needed / 1e9:.1f} GB; "
             "free some space, or give an --output_dir on another disk"
         )
+
+
+def is_no_space(error: BaseException | None) -> bool:
+    """Whether an error, or what it was raised from, says that a disk is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            return True
+        if any(words in str(error).lower() for words in NO_SPACE_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def one_line(error: Exception) -> str:
+    """An error's message without line breaks; its class where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

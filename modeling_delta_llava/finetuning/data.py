@@ -147,7 +147,7 @@ def load_rows(data_path: str, split: str = "train", streaming: bool = False) -> 
             loaded = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
         else:
             loaded = datasets.load_dataset(data_path, split=split, streaming=streaming)
-    except Exception as error:  # every loader of `datasets` raises its own classes
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{data_path}: no dataset could be loaded ({reason}); check --data_path and --split") from None
     loaded = _undecoded(loaded)

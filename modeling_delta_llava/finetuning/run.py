@@ -10,12 +10,12 @@ import transformers
 from ..errors import UserError
 from .arguments import RunArguments, load_arguments
 from .check_data import check_data
-from .checkpoints import checkpoint_to_resume
+from .checkpoints import SAVE_ERRORS, checkpoint_to_resume, is_no_space, one_line
 from .collator import DeltaLlavaCollator
 from .data import ConversationDataset, StreamedDataset, check_rows, load_rows, missing_images
 from .parts import set_trained, with_lora
 from .samplers import budget_draw
-from .start import BASE_FOLDER, check_budgets, compose, load_model, load_processor, local_folder, read_model_config
+from .start import BASE_FOLDER, check_budgets, compose, load_model, local_folder, read_start
 from .text import ConversationEncoder
 from .trainer import DeltaLlavaTrainer
 
@@ -47,6 +47,13 @@ def run(arguments: RunArguments) -> Path | None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
         trainer.save_state()
         trainer.save_model()
+    except SAVE_ERRORS as error:
+        if not is_no_space(error):
+            raise
+        raise UserError(
+            f"no space left while saving to {arguments.training.output_dir} ({one_line(error)}); finished "
+            "checkpoints are whole: free some space and continue with --resume_from_checkpoint auto"
+        ) from error
     except UserError as error:
         # What a worker raises carries its traceback in the message; the last line is the message itself.
         last_line = str(error).strip().split("\n")[-1]
@@ -154,17 +161,13 @@ def prepare(arguments: RunArguments) -> tuple[DeltaLlavaTrainer, Path | None]:
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"output_dir: {output_dir} is a file; give a folder")
     checkpoint = checkpoint_to_resume(training.resume_from_checkpoint, output_dir, arguments.settings)
-    load_rows_early(arguments)
-
-    folder = model_folder(arguments)
-    config = read_model_config(folder)
+    config, processor = read_start(model_arguments, data)
     check_budgets(config, training.visual_token_budgets)
-    check_budgets(config, [model_arguments.num_visual_tokens] if model_arguments.num_visual_tokens else None)
-    processor = load_processor(folder, model_arguments, data)
     encoder = ConversationEncoder(processor, data.format)
     train_dataset = open_dataset(arguments, encoder)
     eval_dataset = open_dataset(arguments, encoder, evaluation=True) if data.eval_data_path is not None else None
 
+    folder = model_folder(arguments)
     model = load_model(folder, model_arguments, training)
     set_trained(model, model_arguments)
     if model_arguments.lora_rank:
@@ -178,6 +181,7 @@ def prepare(arguments: RunArguments) -> tuple[DeltaLlavaTrainer, Path | None]:
         data_collator=DeltaLlavaCollator(processor, data.max_length),
         processing_class=processor,
         settings=arguments.settings,
+        start_folder=None if model_arguments.lora_rank else folder,
         card={
             "model": model_arguments.model,
             "language_model": model_arguments.language_model,
@@ -188,13 +192,3 @@ def prepare(arguments: RunArguments) -> tuple[DeltaLlavaTrainer, Path | None]:
         },
     )
     return trainer, checkpoint
-
-
-def load_rows_early(arguments: RunArguments) -> None:
-    """Fails on a missing data file or picture folder before a model is downloaded or composed."""
-    data = arguments.data
-    for path in (data.data_path, data.eval_data_path):
-        if path is not None and path.endswith((".json", ".jsonl")) and not Path(path).expanduser().is_file():
-            raise UserError(f"{path}: no such data file; pass an existing LLaVA JSON or JSONL")
-    folder_of(data.image_folder)
-    folder_of(data.eval_image_folder)

@@ -20,6 +20,7 @@ from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
 from ..projector_delta_llava import DeltaLlavaProjector
 from .arguments import DataArguments, DeltaLlavaTrainingArguments, ModelArguments
+from .checkpoints import SETTINGS_FILE, read_stored_settings, write_settings
 from .parts import NOT_QUANTIZED, PROJECTOR_MODULE
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def read_config(folder: Path, what: str) -> Any:
         UserError: there is none, or it cannot be read.
     """
     try:
-        return AutoConfig.from_pretrained(str(folder))
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{what}: {folder} has no readable config.json ({reason})") from None
@@ -120,19 +121,30 @@ def compose(folder: Path, model: ModelArguments, data: DataArguments, seed: int 
     """Writes a Delta-LLaVA Hub folder with the weights of a language model and a tower, and a new projector.
 
     Args:
-        folder: what is written; kept as it is when it is already there.
+        folder: what is written; kept when it was already composed of the same parts.
         model, data: see [`read_base_parts`].
         seed: seed of the new projector.
     Raises:
         UserError: one of the two cannot be read, or they do not go together.
     """
-    if (folder / "config.json").is_file():
+    made_from = {
+        "language_model": model.language_model,
+        "vision_tower": model.vision_tower,
+        "projector": model.projector,
+        "num_visual_tokens": model.num_visual_tokens,
+        "format": data.format,
+        "image_aspect_ratio": data.image_aspect_ratio,
+        "seed": seed,
+    }
+    if (folder / SETTINGS_FILE).is_file() and read_stored_settings(folder) == made_from:
         return folder
     parts = read_base_parts(model, data)
     try:
         with torch.device("meta"):
-            tower_class = type(AutoModel.from_config(parts.config.vision_config))
-        language_model = AutoModelForCausalLM.from_pretrained(str(parts.text_folder), dtype="auto")
+            tower_class = type(AutoModel.from_config(parts.config.vision_config, trust_remote_code=False))
+        language_model = AutoModelForCausalLM.from_pretrained(
+            str(parts.text_folder), dtype="auto", trust_remote_code=False
+        )
         tower = tower_class.from_pretrained(str(parts.vision_folder), dtype="auto")
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -152,6 +164,8 @@ def compose(folder: Path, model: ModelArguments, data: DataArguments, seed: int 
     shutil.rmtree(unfinished, ignore_errors=True)
     composed.save_pretrained(unfinished)
     parts.processor.save_pretrained(unfinished)
+    write_settings(unfinished, made_from)
+    shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
     return folder
 
@@ -249,7 +263,7 @@ def load_processor(folder: Path, model: ModelArguments, data: DataArguments) -> 
         UserError: the folder has no processor.
     """
     try:
-        processor = DeltaLlavaProcessor.from_pretrained(str(folder))
+        processor = DeltaLlavaProcessor.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"model: {folder} has no usable processor ({reason}); convert the checkpoint again") from None
@@ -276,6 +290,23 @@ def read_model_config(folder: Path) -> DeltaLlavaConfig:
             "--vision_tower, or convert a training checkpoint with `delta-llava convert`"
         )
     return config
+
+
+def read_start(model: ModelArguments, data: DataArguments) -> tuple[DeltaLlavaConfig, DeltaLlavaProcessor]:
+    """Config and processor of what a run starts from; from the Hub only their small files are downloaded.
+
+    Raises:
+        UserError: one of them cannot be read, or the budget asked for is not possible.
+    """
+    if model.model is None:
+        parts = read_base_parts(model, data, weights=False)
+        return parts.config, parts.processor
+    folder = local_folder(model.model, "model", model.model_revision, weights=False)
+    config = read_model_config(folder)
+    if model.num_visual_tokens is not None:
+        check_budgets(config, [model.num_visual_tokens])
+        config.num_visual_tokens = model.num_visual_tokens
+    return config, load_processor(folder, model, data)
 
 
 def check_budgets(config: DeltaLlavaConfig, budgets: list[int] | None) -> None:

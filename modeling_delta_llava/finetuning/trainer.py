@@ -1,6 +1,5 @@
 """`transformers.Trainer` for Delta-LLaVA: parts with their own learning rate, drawn budgets, finished checkpoints."""
 
-import errno
 import logging
 import os
 from collections import Counter
@@ -17,10 +16,14 @@ from ..errors import UserError
 from .card import model_card
 from .checkpoints import (
     OPTIMIZER_BYTES,
+    SAVE_ERRORS,
     TRAINER_STATE_FILE,
     UNFINISHED_FOLDER,
     check_disk_space,
+    is_no_space,
+    one_line,
     remove_unfinished,
+    with_stored_weights,
     write_settings,
 )
 from .collator import SKIPPED_KEY
@@ -28,9 +31,6 @@ from .parts import PROJECTOR, count_parts, describe_parts, number_of_elements, p
 from .samplers import TrainingSampler, budget_draw
 
 logger = logging.getLogger(__name__)
-
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NO_SPACE_WORDS = ("no space left", "disk quota", "file too large")
 
 
 class RunCallback(TrainerCallback):
@@ -62,9 +62,19 @@ class DeltaLlavaTrainer(Trainer):
     Args:
         settings (`dict`, *optional*): the run's settings, stored with every checkpoint.
         card (`dict`, *optional*): facts for the model card that the trainer cannot know, see [`model_card`].
+        start_folder (`Path`, *optional*): where the model was loaded from; frozen weights that the run holds in
+            another dtype are saved as they are there.
     """
 
-    def __init__(self, *args, settings: dict[str, Any] | None = None, card: dict[str, Any] | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        settings: dict[str, Any] | None = None,
+        card: dict[str, Any] | None = None,
+        start_folder: Path | None = None,
+        **kwargs,
+    ):
+        self.start_folder = start_folder
         self.settings = settings or {}
         self.card = card or {}
         self.train_sampler: TrainingSampler | None = None
@@ -184,12 +194,12 @@ class DeltaLlavaTrainer(Trainer):
         trial = output_dir / UNFINISHED_FOLDER / "trial"
         try:
             self.save_model(str(trial), _internal_call=True)
-        except Exception as error:
-            raise UserError(f"output_dir: a trial save to {output_dir} failed ({_one_line(error)})") from error
+        except (*SAVE_ERRORS, ValueError, TypeError) as error:
+            raise UserError(f"output_dir: a trial save to {output_dir} failed ({one_line(error)})") from error
         self._wait()
         if self.args.should_save:
             if trial.is_dir():  # FSDP with sharded checkpoints has nothing to save for the Hub
-                AutoConfig.from_pretrained(str(trial))
+                AutoConfig.from_pretrained(str(trial), trust_remote_code=False)
             remove_unfinished(output_dir)
             logger.info("A trial save to %s succeeded.", output_dir)
 
@@ -208,9 +218,15 @@ class DeltaLlavaTrainer(Trainer):
         self._staging = True
         try:
             super()._save_checkpoint(model, trial)
-        except Exception as error:
-            self._discard_unfinished(final_dir, error)
-            raise
+        except SAVE_ERRORS as error:
+            if not is_no_space(error):
+                raise
+            if self.args.should_save:
+                remove_unfinished(final_dir)
+            raise UserError(
+                f"no space left in {final_dir} for the checkpoint of step {self.state.global_step}; earlier "
+                "checkpoints are whole: free some space and continue with --resume_from_checkpoint true"
+            ) from error
         finally:
             self._staging = False
             self.args.save_total_limit = limit
@@ -240,18 +256,10 @@ class DeltaLlavaTrainer(Trainer):
         if not self._staging:
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def _discard_unfinished(self, output_dir: Path, error: Exception) -> None:
-        if not is_no_space(error):
-            return
-        if self.args.should_save:
-            remove_unfinished(output_dir)
-        raise UserError(
-            f"no space left in {output_dir} for the checkpoint of step {self.state.global_step}; earlier checkpoints "
-            "are whole: free some space and continue with --resume_from_checkpoint true"
-        ) from error
-
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        if self.start_folder is not None and self.args.should_save and state_dict != {}:
+            state_dict = with_stored_weights(state_dict or self.model.state_dict(), self.model, self.start_folder)
         super()._save(str(folder), state_dict=state_dict)
         if self.args.should_save:
             if not (folder / "config.json").is_file():
@@ -278,18 +286,3 @@ class DeltaLlavaTrainer(Trainer):
         if missing or load_result.unexpected_keys:
             names = [*missing, *load_result.unexpected_keys]
             raise UserError(f"the checkpoint does not fit this model: {len(names)} weights differ, such as {names[0]}")
-
-
-def is_no_space(error: BaseException | None) -> bool:
-    """Whether an error, or what it was raised from, says that a disk is full."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in NO_SPACE:
-            return True
-        if any(words in str(error).lower() for words in NO_SPACE_WORDS):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

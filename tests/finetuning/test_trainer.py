@@ -16,27 +16,7 @@ from modeling_delta_llava.modeling_delta_llava import DeltaLlavaForConditionalGe
 from modeling_delta_llava.processing_delta_llava import DeltaLlavaProcessor
 from tests import tiny
 from tests.finetuning.conftest import write_data
-
-
-def trained(arguments):
-    """Runs the training and gives the trainer back."""
-    trainer, checkpoint = prepare(arguments)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return trainer
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def weights(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def assert_same_weights(first, second, **tolerance):
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        torch.testing.assert_close(value, second[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+from tests.finetuning.helpers import assert_same_weights, losses, trained, weights
 
 
 def plain_step(folder, rows, image_folder, rate):
