@@ -17,15 +17,30 @@ from tests.finetuning.conftest import EXACT, write_data
 from tests.finetuning.helpers import python, write_config
 from tests.hub_cards.hub_state import Entry, git_oid
 from tests.hub_cards.local_hub import LocalHub
-from tests.hub_cards.test_publish import ANSWER
 from tests.training_layout import TrainingLayout, write_base_model, write_tower
 
+# A process that has only transformers answers with each of several repositories or folders.
+LOAD = """
+import json, sys
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+for name in sys.argv[1:]:
+    processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True)
+    content = [{"type": "image", "image": Image.new("RGB", (40, 30), "red")}, {"type": "text", "text": "What is it?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )
+    print(json.dumps(model.generate(**inputs, max_new_tokens=8, do_sample=False)[0].tolist()))
+assert "modeling_delta_llava" not in sys.modules, "the package must not be needed"
+"""
 # The packaged recipes at a size that a test can wait for.
 SMALL = {
     "use_cpu": "true",
     "num_visual_tokens": 4,
     "per_device_train_batch_size": 8,
-    "dataloader_num_workers": 1,
+    "dataloader_num_workers": 0,
     "dataloader_pin_memory": "false",
     "push_to_hub": "true",
     "disable_tqdm": "true",
@@ -80,13 +95,11 @@ def test_both_recipes_from_the_hub_to_the_hub(tmp_path):
         assert card.data.base_model == ["user/stage1"]
         assert card.data.base_model_relation == "finetune"
         assert not [name for name in hub.files("user/stage1") if name.startswith("_")]
-        answers = [
-            python("-c", ANSWER, name, "{}", **hub.environment(tmp_path / "fresh", None), HF_HUB_OFFLINE="0")
-            for name in ("user/stage2", str(tmp_path / "stage2" / "checkpoint-2"))
-        ]
-    for answer in answers:
-        assert answer.returncode == 0, answer.stderr
-    assert json.loads(answers[0].stdout) == json.loads(answers[1].stdout)
+        names = ("user/stage2", str(tmp_path / "stage2" / "checkpoint-2"))
+        answered = python("-c", LOAD, *names, **hub.environment(tmp_path / "fresh", None), HF_HUB_OFFLINE="0")
+        assert answered.returncode == 0, answered.stderr
+    pushed, checkpoint = map(json.loads, answered.stdout.splitlines())
+    assert pushed == checkpoint
     check_frozen_files(tmp_path)
 
 
@@ -249,10 +262,12 @@ def test_another_runs_checkpoint_is_left_alone(workplace, tmp_path, capsys):
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
 
 
-def test_a_process_ends_with_status_2_and_without_a_traceback(tmp_path):
-    ended = python("-m", "modeling_delta_llava.cli", "finetune", "stage2", "--model", "m", "--data_path", "none.json")
+def test_a_process_ends_with_status_2_and_without_a_traceback(exact_folder, tmp_path):
+    settings = options(model=exact_folder, data_path="none.json", output_dir="run", use_cpu="true")
+    ended = python("-m", "modeling_delta_llava.cli", "finetune", "stage2", *settings, cwd=tmp_path)
     assert ended.returncode == 2
-    assert ended.stderr.splitlines()[-1].startswith("error: ")
+    assert ended.stderr.splitlines()[-1].startswith("error: none.json: no such data file")
+    assert not list(tmp_path.iterdir())
     assert "Traceback" not in ended.stderr
 
 

@@ -154,18 +154,16 @@ def test_learning_rate_of_the_projector_is_logged(arguments):
 
 
 RESUMED = {
-    "fixed budget": {},
-    "elastic, grouped": {"visual_token_budgets": [16, 4, 1], "group_by_modality_length": True},
-    "accumulated": {
-        "gradient_accumulation_steps": 2,
-        "per_device_train_batch_size": 2,
-        "projector_learning_rate": 5e-4,
-    },
+    "mid-epoch": (3, {}),
+    "after an epoch, elastic, grouped": (4, {"visual_token_budgets": [16, 4, 1], "group_by_modality_length": True}),
+    "in the second epoch, accumulated": (
+        6,
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "projector_learning_rate": 5e-4},
+    ),
 }
 
 
-@pytest.mark.parametrize("changes", RESUMED.values(), ids=RESUMED.keys())
-@pytest.mark.parametrize("stop", [3, 4, 6])
+@pytest.mark.parametrize(("stop", "changes"), RESUMED.values(), ids=RESUMED.keys())
 def test_resumed_equals_uninterrupted(arguments, tmp_path, stop, changes):
     """Also with stochastic depth: the folder is one whose training is random."""
     folder = tiny.write_hub_folder(tmp_path / "random", drop_path_rate=0.3)
