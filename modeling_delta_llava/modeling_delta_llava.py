@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
+from .card_delta_llava import HubCardMixin
 from .configuration_delta_llava import DeltaLlavaConfig
 from .fusion_delta_llava import check_fusible
 from .generation_delta_llava import DeltaLlavaGenerationMixin
@@ -53,7 +54,7 @@ class DeltaLlavaCausalLMOutputWithPast(ModelOutput):
     image_hidden_states: torch.FloatTensor | None = None
 
 
-class DeltaLlavaPreTrainedModel(PreTrainedModel):
+class DeltaLlavaPreTrainedModel(HubCardMixin, PreTrainedModel):
     """Weight initialisation and the capabilities that transformers asks a model about."""
 
     config: DeltaLlavaConfig

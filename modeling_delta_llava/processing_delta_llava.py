@@ -6,6 +6,7 @@ from transformers.image_utils import ImageInput, is_valid_image, make_flat_list_
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils import logging
 
+from .card_delta_llava import HubCardMixin
 from .configuration_delta_llava import scale_factor
 
 logger = logging.get_logger(__name__)
@@ -83,7 +84,7 @@ def checked_image(image: ImageInput, position: int, padded: bool) -> ImageInput:
     return image
 
 
-class DeltaLlavaProcessor(ProcessorMixin):
+class DeltaLlavaProcessor(HubCardMixin, ProcessorMixin):
     r"""
     Turns text with image placeholders, and images, into model inputs.
 

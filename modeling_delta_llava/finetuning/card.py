@@ -38,7 +38,7 @@ def model_card(
         base_model=bases or None,
         base_model_relation=("adapter" if is_lora else "finetune") if bases else None,
         datasets=[dataset] if dataset else None,
-        tags=["delta-llava", "multimodal", "visual-token-compression"],
+        tags=["delta-llava", "multimodal", "visual-token-compression", "arxiv:2512.18910"],
     )
     budgets = ", ".join(map(str, config.trained_num_visual_tokens or [config.num_visual_tokens]))
     grid = config.grid_size
@@ -78,7 +78,7 @@ def model_card(
     losses = [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry]
     if losses:
         lines += ["", "| step | training loss | evaluation loss |", "| ---: | ---: | ---: |", *loss_rows(losses)]
-    lines += ["", "## Use", "", *usage(is_lora), "", *versions()]
+    lines += ["", "## Use", "", *usage(is_lora, args.hub_model_id or "THIS_REPO"), "", *versions()]
     return "\n".join(lines) + "\n"
 
 
@@ -130,7 +130,7 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def usage(is_lora: bool) -> list[str]:
+def usage(is_lora: bool, repo_id: str) -> list[str]:
     if is_lora:
         return [
             "This folder holds a LoRA adapter and the projector that was trained with it. `delta-llava convert`",
@@ -140,7 +140,7 @@ def usage(is_lora: bool) -> list[str]:
         "```python",
         "from transformers import pipeline",
         "",
-        'pipe = pipeline("image-text-to-text", model="THIS_REPO", trust_remote_code=True)',
+        f'pipe = pipeline("image-text-to-text", model="{repo_id}", trust_remote_code=True)',
         'messages = [{"role": "user", "content": [',
         '    {"type": "image", "url": "photo.jpg"}, {"type": "text", "text": "What is in the picture?"},',
         "]}]",

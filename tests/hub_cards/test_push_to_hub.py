@@ -4,10 +4,10 @@ import json
 
 import pytest
 from huggingface_hub import ModelCard
+from PIL import Image
 
+from modeling_delta_llava.hub_cards.metadata import metadata_problems
 from tests.hub_cards.test_publish import ANSWER
-
-REPO = "user/pushed"
 
 LOAD_REMOTE = """
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -20,13 +20,26 @@ from modeling_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaP
 model = DeltaLlavaForConditionalGeneration.from_pretrained(sys.argv[1])
 processor = DeltaLlavaProcessor.from_pretrained(sys.argv[1])
 """
+# The answer that `test_publish.ANSWER` gets from a repository, from the model in memory.
+SAY = """
+import json
+from PIL import Image
+content = [{"type": "image", "image": Image.new("RGB", (40, 30), "red")}, {"type": "text", "text": "What is it?"}]
+asked = processor.apply_chat_template(
+    [{"role": "user", "content": content}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+def say(name):
+    print(json.dumps({name: model.eval().generate(**asked, max_new_tokens=8, do_sample=False)[0].tolist()}))
+"""
 PUSH = """
+say("pushed")
 model.push_to_hub("user/pushed")
 processor.push_to_hub("user/pushed")
+processor.push_to_hub("user/processor")
 """
 TRAIN = """
 import torch
-from PIL import Image
 from transformers import Trainer, TrainingArguments
 
 text = "A red picture."
@@ -42,7 +55,7 @@ def collate(rows):
 
 arguments = TrainingArguments(
     output_dir="run", max_steps=2, per_device_train_batch_size=1, use_cpu=True, report_to=[], save_strategy="no",
-    push_to_hub=True, hub_model_id="user/pushed", remove_unused_columns=False, disable_tqdm=True, learning_rate=1e-3,
+    push_to_hub=True, hub_model_id="user/trained", remove_unused_columns=False, disable_tqdm=True, learning_rate=1e-3,
 )
 trainer = Trainer(
     model=model, args=arguments, train_dataset=[row] * 4, data_collator=collate, processing_class=processor
@@ -50,13 +63,12 @@ trainer = Trainer(
 trainer.train()
 trainer.save_model()
 trainer.push_to_hub()
-model.save_pretrained("kept")
-processor.save_pretrained("kept")
+say("trained")
 """
 
 
-def card_of(hub) -> ModelCard:
-    return ModelCard(hub.repos[REPO].find("main").tree["README.md"].content.decode())
+def card_of(hub, repo_id) -> ModelCard:
+    return ModelCard(hub.repos[repo_id].find("main").tree["README.md"].content.decode())
 
 
 def answer(client, name, home) -> list[int]:
@@ -66,23 +78,75 @@ def answer(client, name, home) -> list[int]:
 
 
 @pytest.mark.parametrize("load", [LOAD_REMOTE, LOAD_PACKAGE], ids=["remote-code", "package"])
-def test_push_to_hub_of_model_and_processor(hub, client, hub_folder, load):
-    process = client("-c", "import sys\n" + load + PUSH, hub_folder)
+def test_model_processor_and_trainer_push_to_hub(hub, client, hub_folder, load):
+    process = client("-c", "import sys\n" + load + SAY + PUSH + TRAIN, hub_folder)
     assert process.returncode == 0, process.stderr
-    files = hub.files(REPO)
-    for name in ("modeling_delta_llava.py", "processing_delta_llava.py", "chat_template.jinja", "model.safetensors"):
-        assert name in files
-    assert card_of(hub).data.library_name == "transformers"
-    assert answer(client, REPO, "fresh") == answer(client, str(hub_folder), "local")
-
-
-@pytest.mark.parametrize("load", [LOAD_REMOTE, LOAD_PACKAGE], ids=["remote-code", "package"])
-def test_trainer_push_to_hub(hub, client, hub_folder, tmp_path, load):
-    process = client("-c", "import sys\n" + load + TRAIN, hub_folder)
-    assert process.returncode == 0, process.stderr
-    card = card_of(hub)
+    said = {}
+    for line in process.stdout.splitlines():
+        if line.startswith('{"'):
+            said |= json.loads(line)
+    assert said["pushed"] != said["trained"]
+    for repo_id, name in (("user/pushed", "pushed"), ("user/trained", "trained")):
+        files = hub.files(repo_id)
+        for file in ("modeling_delta_llava.py", "processing_delta_llava.py", "chat_template.jinja", "README.md"):
+            assert file in files
+        assert answer(client, repo_id, f"fresh-{name}") == said[name]
+    for repo_id in ("user/pushed", "user/processor"):
+        card = card_of(hub, repo_id)
+        assert metadata_problems(card.data.to_dict()) == []
+        assert "arxiv:2512.18910" in card.data.tags
+        assert "unofficial" in card.text
+        assert "2604.14044" in card.text
+        assert f'model="{repo_id}"' in card.text
+    card = card_of(hub, "user/trained")
     assert card.data.library_name == "transformers"
     assert "generated_from_trainer" in card.data.tags
-    assert "modeling_delta_llava.py" in hub.files(REPO)
-    trained = answer(client, REPO, "fresh")
-    assert trained == answer(client, str(tmp_path / "work" / "kept"), "local")
+
+
+def test_a_card_that_is_there_stays(hub, client, hub_folder):
+    """On the Hub, and in a folder that `save_pretrained(..., push_to_hub=True)` uploads."""
+    theirs = "---\nlicense: mit\n---\n# Written by hand\n"
+    hub.add_text(hub.create_repo("user/pushed"), "README.md", theirs)
+    code = """
+import sys
+from pathlib import Path
+from modeling_delta_llava import DeltaLlavaProcessor
+processor = DeltaLlavaProcessor.from_pretrained(sys.argv[1])
+processor.push_to_hub("user/pushed")
+Path("mine").mkdir()
+Path("mine/README.md").write_text("# Mine")
+processor.save_pretrained("mine", push_to_hub=True, repo_id="user/saved")
+assert Path("mine/README.md").read_text() == "# Mine"
+"""
+    process = client("-c", code, hub_folder)
+    assert process.returncode == 0, process.stderr
+    assert "processor_config.json" in hub.files("user/pushed")
+    assert card_of(hub, "user/pushed").content.strip() == theirs.strip()
+    assert "processor_config.json" in hub.files("user/saved")
+
+
+def test_our_trainer_names_the_repository_in_its_card(hub, cli, hub_folder, tmp_path):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "0.png")
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A red picture."}]
+    (tmp_path / "train.json").write_text(json.dumps([{"image": "0.png", "conversations": turns}] * 4))
+    settings = {
+        "model": hub_folder,
+        "data_path": tmp_path / "train.json",
+        "image_folder": tmp_path,
+        "output_dir": tmp_path / "run",
+        "hub_model_id": "user/tuned",
+        **dict.fromkeys(["push_to_hub", "use_cpu"], "true"),
+        **dict.fromkeys(["bf16", "tf32", "trial_save"], "false"),
+        **dict.fromkeys(["save_strategy", "eval_strategy"], "no"),
+        "report_to": "none",
+        "max_steps": 1,
+        "num_visual_tokens": 4,
+    }
+    process = cli("finetune", "stage2", *[word for name, value in settings.items() for word in (f"--{name}", value)])
+    assert process.returncode == 0, process.stderr
+    card = card_of(hub, "user/tuned")
+    assert metadata_problems(card.data.to_dict()) == []
+    assert 'model="user/tuned"' in card.text
+    assert "## Training" in card.text
+    assert str(tmp_path) not in card.content
+    assert "modeling_delta_llava.py" in hub.files("user/tuned")
