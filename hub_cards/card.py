@@ -17,7 +17,13 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 
 from modeling_delta_llava.errors import UserError
 from modeling_delta_llava.hub_cards.figure import chart_for, draw_chart, draw_example
-from modeling_delta_llava.hub_cards.licences import notice, write_licence_file
+from modeling_delta_llava.hub_cards.licences import (
+    NO_LICENCE,
+    licence_sentence,
+    licence_text,
+    notice,
+    write_licence_file,
+)
 from modeling_delta_llava.hub_cards.measured import Measurement, read_measurements
 from modeling_delta_llava.hub_cards.metadata import LIBRARY, PIPELINE_TAG, licence_problem, load_card
 from modeling_delta_llava.hub_cards.training_record import training_record
@@ -72,6 +78,7 @@ class Facts:
         repo_id, revision: what the snippets load.
         config: config.json, or what a variant implies when there is no folder.
         licence: `license`, and with "other" `license_name` and `license_link`; empty when none is known.
+        licence_file: whether the repository has its text as LICENSE.
         base_models, datasets, languages: Hub ids and ISO codes for the metadata.
         relation: "finetune" or "quantized".
         parameters: in the weights, None when unknown.
@@ -86,6 +93,7 @@ class Facts:
     config: dict[str, Any]
     variant: Variant | None = None
     licence: dict[str, str] | None = None
+    licence_file: bool = False
     base_models: tuple[str, ...] = ()
     datasets: tuple[str, ...] = ()
     languages: tuple[str, ...] = ()
@@ -149,6 +157,13 @@ def _score_tables(variant: Variant) -> list[tuple[str, str]]:
             others = [row for row in paper_tables()["5"].rows if row not in rows]
         result.append((source, score_table(rows, others)))
     return result
+
+
+def _reference_tables(variant: Variant) -> list[tuple[str, str]]:
+    """(source, table) of LLaVA-1.5's own figures in the tables that do not have this variant."""
+    covered = {row.source for row in variant.rows}
+    full = [row for row in variant.baselines if row.tokens == UNCOMPRESSED_TOKENS and row.source not in covered]
+    return [(row.source, score_table([], [row])) for row in full]
 
 
 def _attribution(variant: Variant) -> str:
@@ -298,7 +313,6 @@ def render_card(facts: Facts) -> ModelCard:
         provenance = [
             (part.replace("_", " "), origin, MEANINGS[part][origin]) for part, origin in variant.provenance.items()
         ]
-    baselines = [row for row in variant.baselines if row.method.startswith("LLaVA")] if variant else []
     return ModelCard.from_template(
         card_metadata(facts),
         template_path=str(TEMPLATE),
@@ -319,7 +333,7 @@ def render_card(facts: Facts) -> ModelCard:
         quantization=facts.quantization,
         score_tables=tables,
         attribution=_attribution(variant) if variant else "",
-        baselines_table=score_table([], baselines) if baselines else "",
+        reference_tables=_reference_tables(variant) if variant else [],
         figure=FIGURE if chart else None,
         figure_text=chart.alternative_text if chart else "",
         measured=facts.measured,
@@ -330,7 +344,8 @@ def render_card(facts: Facts) -> ModelCard:
         trainer=facts.trainer,
         training_section=facts.training_section.removeprefix(FINETUNE_MARK).strip(),
         finetune_mark=FINETUNE_MARK,
-        licence=(facts.licence or {}).get("license"),
+        licence_sentence=licence_sentence(facts.licence, facts.licence_file) if facts.licence else "",
+        no_licence=NO_LICENCE,
     )
 
 
@@ -448,13 +463,16 @@ def gather_facts(
         method = f"bitsandbytes {quantized.get('bnb_4bit_quant_type', 'nf4').upper()}" if bits == 4 else "LLM.int8()"
         of = f"[{bases[0]}](https://huggingface.co/{bases[0]})" if bases else "a Delta-LLaVA model"
         quantization = {"bits": bits, "method": method, "of": of}
+    licence = licence or (variant.licence if variant else None) or previous.licence or None
+    text_known = bool(licence) and licence_text(licence["license"]) is not None
     return Facts(
         name=name,
         repo_id=repo_id or f"YOUR_NAME/{name}",
         revision=revision,
         config=config,
         variant=variant,
-        licence=licence or (variant.licence if variant else None) or previous.licence or None,
+        licence=licence,
+        licence_file=text_known or (folder / "LICENSE").is_file(),
         base_models=bases,
         datasets=variant.recipe.datasets if variant else previous.datasets,
         languages=variant.backbone.language if variant else previous.languages,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from modeling_delta_llava.hub_cards.variants import MISSING, Variant, paper_tables, variants
+from modeling_delta_llava.hub_cards.variants import MISSING, Variant, benchmarks, paper_tables, variants
 
 SCALE = 2  # drawn at twice the size, then reduced: smooth lines
 WIDTH, HEIGHT = 960, 540
@@ -43,7 +43,8 @@ class Chart:
 
     @property
     def title(self) -> str:
-        return f"{self.benchmark} against visual tokens per picture"
+        metric = " (CIDEr)" if benchmarks()[self.benchmark]["metric"] == "cider" else ""
+        return f"{self.benchmark}{metric} against visual tokens per picture"
 
     @property
     def alternative_text(self) -> str:
@@ -132,8 +133,11 @@ class _Canvas:
         box = [(v) * SCALE for v in (x - radius, y - radius, x + radius, y + radius)]
         self.draw.ellipse(box, fill="white" if ring else colour, outline=colour, width=2 * SCALE)
 
-    def text(self, x: float, y: float, text: str, size: int, colour: str = INK, anchor: str = "la") -> None:
-        self.draw.text((x * SCALE, y * SCALE), text, fill=colour, font=_font(size), anchor=anchor)
+    def text(self, x: float, y: float, text: str, size: int, colour: str = INK, anchor: str = "la", halo=0) -> None:
+        """Writes at a point; `halo` is the width of a white rim that keeps the text legible on lines."""
+        place = (x * SCALE, y * SCALE)
+        rim = {"stroke_width": halo * SCALE, "stroke_fill": "white"}
+        self.draw.text(place, text, fill=colour, font=_font(size), anchor=anchor, **rim)
 
 
 def _spread(wanted: list[float], gap: float) -> list[float]:
@@ -144,6 +148,14 @@ def _spread(wanted: list[float], gap: float) -> list[float]:
         placed[after] = max(placed[after], placed[before] + gap)
     overflow = max(placed, default=0) - (HEIGHT - BOTTOM)
     return [position - max(overflow, 0) for position in placed]
+
+
+def _height_at(line: list[tuple[float, float]], x: float) -> list[float]:
+    """The height of a line through points at `x`; empty when the line does not reach there."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(line):
+        if x0 <= x <= x1:
+            return [y0 + (y1 - y0) * (x - x0) / (x1 - x0)]
+    return []
 
 
 def draw_chart(chart: Chart, path: Path) -> None:
@@ -157,7 +169,8 @@ def draw_chart(chart: Chart, path: Path) -> None:
     all_tokens = [tokens for tokens, _ in every]
     canvas = _Canvas((min(all_tokens), max(all_tokens)), (low, high))
     canvas.text(LEFT, 22, chart.title, 20)
-    canvas.text(LEFT, 47, f"as printed in {chart.sources} of arXiv 2512.18910", 13, FAINT)
+    ring = "; the ring marks this variant" if chart.marked else ""
+    canvas.text(LEFT, 47, f"as printed in {chart.sources} of arXiv 2512.18910{ring}", 13, FAINT)
     end = canvas.x(max(all_tokens)) + 20
     value = low
     while value <= high + 1e-9:
@@ -168,16 +181,18 @@ def draw_chart(chart: Chart, path: Path) -> None:
         lift = 16 if index and canvas.x(tokens) - canvas.x(ticks[index - 1]) < 26 else 0
         canvas.text(canvas.x(tokens), HEIGHT - BOTTOM + 10 + lift, str(tokens), 14, FAINT, "ma")
     canvas.text((LEFT + end) / 2, HEIGHT - 18, "visual tokens per picture (logarithmic)", 14, FAINT, "ms")
-    labels = []
+    labels, lines = [], []
     if chart.reference:
         y = canvas.y(chart.reference[1])
         canvas.dashes(LEFT, end, y, FAINT)
+        lines.append([(LEFT, y), (end, y)])
         labels.append((y, chart.reference[0], FAINT))
     colours = iter(OTHERS)
     for series in sorted(chart.series, key=lambda entry: entry.main):
         colour = OURS if series.main else next(colours)
         points = [(canvas.x(tokens), canvas.y(score)) for tokens, score in series.points]
         canvas.line(points, colour, 3.5 if series.main else 2)
+        lines.append(points)
         for x, y in points:
             canvas.dot(x, y, 5 if series.main else 3.5, colour)
         labels.append((points[-1][1], series.label, colour))
@@ -185,8 +200,11 @@ def draw_chart(chart: Chart, path: Path) -> None:
         x, y = canvas.x(chart.marked[0]), canvas.y(chart.marked[1])
         canvas.dot(x, y, 9, OURS, ring=True)
         canvas.dot(x, y, 4, OURS)
+        heights = [height for line in lines for height in _height_at(line, x)]
         on_line = chart.marked in next(series.points for series in chart.series if series.main)
-        canvas.text(x, y - 14 if on_line else y + 14, f"{chart.marked[1]:g}", 15, OURS, "ms" if on_line else "ma")
+        places = (y - 22, y + 22) if on_line else (y + 22,)
+        centre = max(places, key=lambda place: min(abs(place - height) for height in heights))
+        canvas.text(x, centre, f"{chart.marked[1]:g}", 15, OURS, "mm", halo=3)
     for place, (_, label, colour) in zip(_spread([label[0] for label in labels], 19), labels, strict=True):
         canvas.text(end + 8, place, label, 14, colour, "lm")
     canvas.image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(path, optimize=True)

@@ -1,11 +1,28 @@
 """LICENSE and NOTICE files of a Hub repository."""
 
+import re
 from pathlib import Path
 
 TEXTS = Path(__file__).parent / "licenses"
 LLAMA_2_NOTICE = (
     "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved."
 )
+NO_LICENCE = "No licence is stated for these weights"
+"""Starts the licence paragraph of a card without one; `; NOTICE` ends what it says about the licence."""
+
+
+def licence_sentence(licence: dict[str, str], has_file: bool) -> str:
+    """A stated licence for the card's text: `license`, with "other" also `license_name` and `license_link`."""
+    text = f"`{licence['license']}`"
+    if licence.get("license_name"):
+        return f"{text} ([{licence['license_name']}]({licence['license_link']}))"
+    return f"{text}, see [LICENSE](LICENSE)" if has_file else text
+
+
+def state_licence(text: str, licence: str, has_file: bool) -> str:
+    """The text of a card that says it has no licence, saying that it has this one."""
+    sentence = licence_sentence({"license": licence}, has_file)
+    return re.sub(rf"^{NO_LICENCE}.*?(?=; NOTICE)", lambda _: sentence, text, flags=re.MULTILINE)
 
 
 def licence_text(licence: str) -> str | None:
@@ -24,6 +41,14 @@ def write_licence_file(folder: Path, licence: str) -> bool:
         return False
     target.write_text(text, encoding="utf-8")
     return True
+
+
+def add_llama_2_notice(folder: Path) -> None:
+    """Adds the sentence that the Llama 2 licence demands to NOTICE, unless it is there."""
+    target = folder / "NOTICE"
+    text = target.read_text(encoding="utf-8") if target.is_file() else ""
+    if LLAMA_2_NOTICE not in text:
+        target.write_text(f"{text}\n{LLAMA_2_NOTICE}\n".lstrip("\n"), encoding="utf-8")
 
 
 def notice(components: list[tuple[str, str]], llama_2: bool) -> str:

@@ -109,14 +109,14 @@ def snippet_repositories(text: str) -> list[str]:
 def card_problems(folder: Path) -> list[str]:
     """Everything that keeps the folder's card from being valid on the Hub, the licence excepted."""
     if not (folder / "README.md").is_file():
-        return ["there is no README.md: write one with `delta-llava card`"]
+        return ["there is no README.md"]
     try:
         card = load_card(folder)
     except ValueError as error:
         return [f"README.md: {error}"]
     data = card.data.to_dict()
     if not data:
-        return ["README.md has no metadata block: write the card with `delta-llava card`"]
+        return ["README.md has no metadata block"]
     problems = [f"README.md: {problem}" for problem in metadata_problems(data)]
     for picture in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", card.text):
         if "://" not in picture and not (folder / picture).is_file():

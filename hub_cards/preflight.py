@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 from modeling_delta_llava.errors import UserError
-from modeling_delta_llava.hub_cards.licences import write_licence_file
+from modeling_delta_llava.hub_cards.licences import add_llama_2_notice, state_licence, write_licence_file
 from modeling_delta_llava.hub_cards.manifest import FileHash, hash_files, list_files
 from modeling_delta_llava.hub_cards.metadata import (
     card_problems,
@@ -35,7 +35,6 @@ class Preflight:
         files: what will be on the Hub, with hashes.
         licence: identifier in the card.
         pinned: revisions that the card's snippets load.
-        repositories: repositories that they load.
         loaded: what the load check reported, or None when it was left out.
     """
 
@@ -43,7 +42,6 @@ class Preflight:
     files: list[FileHash]
     licence: str
     pinned: list[str]
-    repositories: list[str]
     loaded: dict | None
 
     @property
@@ -122,8 +120,10 @@ def check_card(folder: Path, licence: str | None = None) -> ModelCard:
         card.data["license"] = licence
         problem = licence_problem(card.data.to_dict(), folder)
         if problem is None:
+            card.text = state_licence(card.text, licence, write_licence_file(folder, licence))
             card.save(folder / "README.md")
-            write_licence_file(folder, licence)
+            if licence == "llama2":
+                add_llama_2_notice(folder)
     else:
         problem = licence_problem(card.data.to_dict(), folder)
     if problem:
@@ -132,6 +132,16 @@ def check_card(folder: Path, licence: str | None = None) -> ModelCard:
             "model's (identifiers: https://huggingface.co/docs/hub/repositories-licenses)"
         )
     return card
+
+
+def check_snippets(folder: Path, card: ModelCard, repo_id: str) -> None:
+    """Raises `UserError` when the card's snippets load another repository than `repo_id`."""
+    for name in snippet_repositories(card.text):
+        if name != repo_id:
+            raise UserError(
+                f"{folder}/README.md: the snippets load {name}, not {repo_id}: write the card with "
+                f"`delta-llava card {folder} --repo-id {repo_id}`"
+            )
 
 
 def _run(folder: Path, command: list[str], doing: str, time_limit: float | None) -> dict:
@@ -178,6 +188,7 @@ def check_loading(folder: Path, time_limit: float | None = None) -> dict:
 
 def preflight(
     folder: Path,
+    repo_id: str,
     licence: str | None = None,
     exclude: Sequence[str] = (),
     load: bool = True,
@@ -188,6 +199,7 @@ def preflight(
 
     Args:
         folder: a Hub folder.
+        repo_id: namespace/name that it is published as.
         licence: licence identifier stated by the user.
         exclude: patterns of paths to leave out.
         load: also load the folder in a fresh process (always done for quantised weights).
@@ -200,6 +212,7 @@ def preflight(
     folder = Path(folder)
     config = check_structure(folder)
     card = check_card(folder, licence)
+    check_snippets(folder, card, repo_id)
     paths = check_contents(folder, exclude)
     if "quantization_config" in config:
         say("quantised weights: verified by loading them")
@@ -213,6 +226,4 @@ def preflight(
         loaded = check_loading(folder, time_limit)
     say("hashing")
     files = hash_files(folder, paths)
-    return Preflight(
-        folder, files, card.data["license"], pinned_revisions(card.text), snippet_repositories(card.text), loaded
-    )
+    return Preflight(folder, files, card.data["license"], pinned_revisions(card.text), loaded)

@@ -142,16 +142,6 @@ def check_options(repo_id: str, options: PublishOptions) -> None:
         raise UserError("--time-limit and --attempts must be positive")
 
 
-def check_snippets(checked: Preflight, repo_id: str) -> None:
-    """Raises `UserError` when the card's snippets load another repository than the one it is published to."""
-    for name in checked.repositories:
-        if name != repo_id:
-            raise UserError(
-                f"{checked.folder}/README.md: the snippets load {name}, not {repo_id}: write the card with "
-                f"`delta-llava card {checked.folder} --repo-id {repo_id}`"
-            )
-
-
 def _request(checked: Preflight, repo_id: str, options: PublishOptions) -> Request:
     return Request(
         folder=str(checked.folder.resolve()),
@@ -208,8 +198,7 @@ def publish(
     """
     options = options or PublishOptions()
     check_options(repo_id, options)
-    checked = preflight(folder, options.licence, options.exclude, options.load, options.time_limit, say)
-    check_snippets(checked, repo_id)
+    checked = preflight(folder, repo_id, options.licence, options.exclude, options.load, options.time_limit, say)
     report = publish_checked(checked, repo_id, options, say)
     if options.collection and not options.dry_run:
         say(f"in collection {gather([repo_id], options.collection, options, say)}")
@@ -240,8 +229,9 @@ def publish_all(
     checked = []
     for entry, repo_id in zip(folders, repo_ids, strict=True):
         say(f"checking {entry.name}")
-        checked.append(preflight(entry, options.licence, options.exclude, options.load, options.time_limit, say))
-        check_snippets(checked[-1], repo_id)
+        checked.append(
+            preflight(entry, repo_id, options.licence, options.exclude, options.load, options.time_limit, say)
+        )
     reports = []
     for entry, repo_id in zip(checked, repo_ids, strict=True):
         reports.append(publish_checked(entry, repo_id, options, say))

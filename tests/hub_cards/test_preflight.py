@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 
 from modeling_delta_llava.errors import UserError
 from modeling_delta_llava.hub_cards.card import write_card
+from modeling_delta_llava.hub_cards.licences import LLAMA_2_NOTICE
 from modeling_delta_llava.hub_cards.manifest import FileHash, compare, hash_file, list_files
 from modeling_delta_llava.hub_cards.preflight import (
     check_card,
@@ -28,15 +29,24 @@ def folder(model_folder):
     return model_folder
 
 
-def test_good_folder_passes(folder):
-    checked = preflight(folder)
+def test_good_folder_passes(folder, tmp_path, monkeypatch):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    checked = preflight(folder, "user/tiny")
     assert checked.licence == "mit"
     assert checked.pinned == ["v1.0"]
-    assert checked.repositories == ["user/tiny"]
     assert checked.loaded["class"] == "DeltaLlavaForConditionalGeneration"
     assert len(checked.loaded["new_ids"]) == 2
     assert {file.path for file in checked.files} == set(list_files(folder))
     assert "README.md" in {file.path for file in checked.files}
+    assert not os.path.exists(tmp_path / "modules"), "the user's module cache is not touched"
+    assert list_files(copy) == list_files(folder), "nothing local is changed"
+    assert all((copy / path).read_bytes() == (folder / path).read_bytes() for path in list_files(copy))
+
+
+def test_snippets_must_load_this_repository(folder):
+    with pytest.raises(UserError, match=r"the snippets load user/tiny, not user/other.*--repo-id user/other"):
+        preflight(folder, "user/other")
 
 
 def test_hashes_are_gits_and_sha256(folder):
@@ -143,9 +153,20 @@ def test_licence_is_demanded_and_can_be_stated(model_folder):
     assert check_card(model_folder, "apache-2.0").data.license == "apache-2.0"
     assert ModelCard.load(model_folder / "README.md").data.license == "apache-2.0"
     assert "Apache License" in (model_folder / "LICENSE").read_text()
+    text = (model_folder / "README.md").read_text(encoding="utf-8")
+    assert "`apache-2.0`, see [LICENSE](LICENSE); NOTICE lists" in text
+    assert "No licence is stated" not in text
     assert check_card(model_folder).data.license == "apache-2.0"
     with pytest.raises(UserError, match="make them agree"):
         check_card(model_folder, "mit")
+
+
+def test_llama_2_licence_stated_on_the_way_has_its_notice(model_folder):
+    write_card(model_folder, repo_id="user/tiny")
+    for _ in range(2):
+        check_card(model_folder, "llama2")
+    assert (model_folder / "NOTICE").read_text(encoding="utf-8").count(LLAMA_2_NOTICE) == 1
+    assert "LLAMA 2 COMMUNITY LICENSE" in (model_folder / "LICENSE").read_text(encoding="utf-8").upper()
 
 
 def change_card(folder, **fields):
@@ -249,23 +270,9 @@ def test_code_that_needs_this_package_fails_the_load_check(folder):
         check_loading(folder)
 
 
-def test_load_check_does_not_touch_the_users_module_cache(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    check_loading(folder)
-    assert not os.path.exists(tmp_path / "modules")
-
-
 def test_problems_are_listed_together(folder):
     for name in ("optimizer.pt", "a.pt", "b.pt", "c.pt", "d.pt", "e.pt"):
         (folder / name).write_text("x")
     with pytest.raises(UserError, match=r"and 2 more") as caught:
         check_contents(folder)
     assert "\n" not in str(caught.value)
-
-
-def test_nothing_local_is_changed_by_the_preflight(folder, tmp_path):
-    copy = shutil.copytree(folder, tmp_path / "copy")
-    preflight(folder, load=False)
-    for path in copy.rglob("*"):
-        if path.is_file():
-            assert path.read_bytes() == (folder / path.relative_to(copy)).read_bytes()

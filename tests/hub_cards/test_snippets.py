@@ -57,21 +57,6 @@ def snippets(text: str, language: str) -> dict[str, str]:
     return found
 
 
-def run(published, tmp_path, code: str) -> str:
-    hub, _ = published
-    process = subprocess.run(
-        [sys.executable, "-c", code],
-        env=hub.environment(tmp_path / "home", token=None),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
-
-
 def test_every_heading_has_its_snippet(published):
     assert list(snippets(published[1], "python")) == [
         "Pipeline",
@@ -83,36 +68,47 @@ def test_every_heading_has_its_snippet(published):
     assert list(snippets(published[1], "bash")) == ["vLLM", "Finetuning"]
 
 
-@pytest.mark.parametrize("heading", ["Pipeline", "AutoModel", "Several pictures, each with its own budget"])
-def test_snippet_runs_as_it_stands(published, tmp_path, heading):
-    printed = run(published, tmp_path, snippets(published[1], "python")[heading])
-    assert printed.strip(), "an answer is printed"
+# Each snippet in a namespace of its own, with an empty cache at the beginning; prints a mark behind each.
+RUN_ALL = """
+import json, sys
+for heading, code in json.loads(sys.stdin.read()).items():
+    print(f"<<{heading}>>")
+    exec(compile(code, heading, "exec"), {"__name__": "__main__"})
+"""
 
 
-def test_budgets_of_the_snippet_arrive(published, tmp_path):
-    code = snippets(published[1], "python")["Several pictures, each with its own budget"]
-    code += "\nprint('visual tokens:', int((inputs['input_ids'] == model.config.image_token_id).sum()))\n"
-    assert "visual tokens: 5" in run(published, tmp_path, code), "4 for the first picture, 1 for the second"
-
-
-def test_four_bit_snippet(published, tmp_path):
-    if importlib.util.find_spec("bitsandbytes") is None:
-        pytest.skip("bitsandbytes is not installed")
-    code = snippets(published[1], "python")["In 4 bit"]
-    code += """
+def test_snippets_run_as_they_stand(published, tmp_path):
+    hub, text = published
+    codes = snippets(text, "python")
+    several = "Several pictures, each with its own budget"
+    codes[several] += "\nprint('visual tokens:', int((inputs['input_ids'] == model.config.image_token_id).sum()))\n"
+    # Without a GPU the same call runs with the kernel and the device replaced.
+    flash = codes["Flash attention"].replace('"flash_attention_2"', '"sdpa"').replace('"cuda"', '"cpu"')
+    assert flash != codes["Flash attention"]
+    codes["Flash attention"] = flash + "\nassert model.config._attn_implementation == 'sdpa'\n"
+    codes["In 4 bit"] += """
 kinds = {name: type(module).__name__ for name, module in model.named_modules() if "Linear" in type(module).__name__}
 assert {kind for name, kind in kinds.items() if "language_model" in name} == {"Linear4bit"}, kinds
 assert not {kind for name, kind in kinds.items() if "language_model" not in name and "bit" in kind}, kinds
 """
-    assert "GB" in run(published, tmp_path, code)
-
-
-def test_flash_attention_snippet_but_for_the_kernel(published, tmp_path):
-    """Without a GPU the same call runs with the kernel and the device replaced."""
-    code = snippets(published[1], "python")["Flash attention"]
-    replaced = code.replace('"flash_attention_2"', '"sdpa"').replace('"cuda"', '"cpu"')
-    assert replaced != code
-    run(published, tmp_path, replaced + "\nassert model.config._attn_implementation == 'sdpa'\n")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        del codes["In 4 bit"]
+    process = subprocess.run(
+        [sys.executable, "-c", RUN_ALL],
+        env=hub.environment(tmp_path / "home", token=None),
+        input=json.dumps(codes),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    printed = dict(re.findall(r"<<(.*?)>>\n(.*?)(?=<<|\Z)", process.stdout, re.DOTALL))
+    for heading in ("Pipeline", "AutoModel", several):
+        assert printed[heading].strip(), "an answer is printed"
+    assert "visual tokens: 5" in printed[several], "4 for the first picture, 1 for the second"
+    assert "In 4 bit" not in codes or "GB" in printed["In 4 bit"]
 
 
 def test_vllm_command(published):

@@ -31,8 +31,9 @@ from modeling_delta_llava.hub_cards.preflight import Preflight
 from modeling_delta_llava.hub_cards.publish import PublishOptions, check_options, publish_checked
 
 folder, repo_id, options = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+options = pinned = options.pop("pinned", [])
 options = PublishOptions(**{"retry_wait": 0.05, "time_limit": 100, **options})
-checked = Preflight(folder, hash_files(folder, list_files(folder)), "mit", [], [], None)
+checked = Preflight(folder, hash_files(folder, list_files(folder)), "mit", pinned, None)
 try:
     check_options(repo_id, options)
     report = publish_checked(checked, repo_id, options, lambda text: print("note:", text, file=sys.stderr))
@@ -190,6 +191,14 @@ def test_dry_run_sends_nothing(hub, folder, publish):
     hub.log.clear()
     assert len(report_of(publish(folder, dry_run=True, tag="v1", revision="dev"))["added"]) == 5
     assert {request.method for request in hub.log} == {"GET"}
+
+
+def test_pinned_revision_must_exist_afterwards(hub, folder, publish):
+    """What the card's snippets load: the tag to set, or what the Hub has already."""
+    assert_one_line(publish(folder, pinned=["v1.0"]), "load revision 'v1.0'", "publish with --tag v1.0")
+    assert hub.repos == {}
+    report_of(publish(folder, pinned=["v1.0"], tag="v1.0"))
+    report_of(publish(folder, pinned=["v1.0"]))
 
 
 def test_tag_elsewhere_is_refused_before_anything_is_sent(hub, folder, publish):
