@@ -263,7 +263,7 @@ def test_another_runs_checkpoint_is_left_alone(workplace, tmp_path, capsys):
 
 
 def test_a_process_ends_with_status_2_and_without_a_traceback(exact_folder, tmp_path):
-    settings = options(model=exact_folder, data_path="none.json", output_dir="run", use_cpu="true")
+    settings = options(model=exact_folder, data_path="none.json", output_dir="run", **SMALL)
     ended = python("-m", "modeling_delta_llava.cli", "finetune", "stage2", *settings, cwd=tmp_path)
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith("error: none.json: no such data file")

@@ -1,0 +1,91 @@
+"""What each of several CPU processes runs, under `torchrun --nproc_per_node 2 two_processes.py THEMES.json`.
+
+THEMES.json is a list of `{"theme": ..., "settings": ..., "result": file, "forget": checkpoint}`; the main process
+writes what each came to, and removes the checkpoint to forget before a theme starts.
+"""
+
+import json
+import shutil
+import sys
+
+import torch
+import torch.distributed as dist
+
+from modeling_delta_llava.finetuning.arguments import build_arguments
+from modeling_delta_llava.finetuning.run import prepare
+
+
+class Recorder:
+    """A collator that remembers the budget of each batch."""
+
+    def __init__(self, collator):
+        self.collator = collator
+        self.budgets = []
+
+    def __call__(self, examples):
+        (budget,) = {example.num_visual_tokens for example in examples}
+        self.budgets.append(budget)
+        return self.collator(examples)
+
+
+def train(settings, result):
+    """A whole run: losses, weights, and the budgets that every rank drew."""
+    trainer, checkpoint = prepare(build_arguments(settings))
+    assert dist.get_world_size() == trainer.args.world_size == 2
+    recorder = trainer.data_collator = Recorder(trainer.data_collator)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_model()
+    budgets = [None, None]
+    dist.all_gather_object(budgets, recorder.budgets)
+    if trainer.args.process_index == 0:
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        torch.save({"losses": losses, "budgets": budgets, "engine": type(trainer.model_wrapped).__name__}, result)
+    dist.barrier()
+
+
+def shard(settings, result):
+    """One step with FSDP2 on a mesh of CPUs, and the gathered state saved as a Hub folder."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    trainer, _ = prepare(build_arguments(settings))
+    model = trainer.model.train()
+    mesh = init_device_mesh("cpu", (2,))
+    for module in model.modules():
+        if type(module).__name__ in model._no_split_modules:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    optimizer = torch.optim.AdamW([item for item in model.parameters() if item.requires_grad], lr=1e-3, weight_decay=0)
+    examples = [trainer.train_dataset[index] for index in range(8)]
+    batch = trainer.data_collator(examples[dist.get_rank() :: 2])
+    batch.pop("skipped_rows")
+    learned = torch.tensor(sum(label != -100 for example in examples for label in example.text.labels[1:]))
+    # FSDP averages gradients over ranks: twice a rank's share of the sum is the mean over all tokens.
+    loss = model(**batch, num_items_in_batch=learned / 2).loss
+    loss.backward()
+    optimizer.step()
+    dist.all_reduce(loss.detach_())
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        model.save_pretrained(result, state_dict=state)
+        torch.save({"loss": loss.item() / 2}, f"{result}/loss.pt")
+    dist.barrier()
+
+
+def main():
+    with open(sys.argv[1], encoding="utf-8") as file:
+        themes = json.load(file)
+    for theme in themes:
+        if "forget" in theme:
+            if dist.get_rank() == 0:
+                shutil.rmtree(theme["forget"])
+            dist.barrier()
+        {"train": train, "shard": shard}[theme["theme"]](theme["settings"], theme["result"])
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
