@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from safetensors import SafetensorError, safe_open
 
 from modeling_delta_llava.errors import UserError
 from modeling_delta_llava.hub_cards.figure import chart_for, draw_chart, draw_example
@@ -25,7 +26,15 @@ from modeling_delta_llava.hub_cards.licences import (
     write_licence_file,
 )
 from modeling_delta_llava.hub_cards.measured import Measurement, read_measurements
-from modeling_delta_llava.hub_cards.metadata import LIBRARY, PIPELINE_TAG, licence_problem, load_card
+from modeling_delta_llava.hub_cards.metadata import (
+    LIBRARY,
+    PIPELINE_TAG,
+    check_reference,
+    check_repository,
+    licence_problem,
+    load_card,
+    read_object,
+)
 from modeling_delta_llava.hub_cards.training_record import training_record
 from modeling_delta_llava.hub_cards.variants import (
     MISSING,
@@ -350,15 +359,15 @@ def render_card(facts: Facts) -> ModelCard:
 
 
 def count_parameters(folder: Path) -> int | None:
-    """Elements of all tensors, from the headers of the safetensors files; None without any or with packed weights."""
+    """Elements of all tensors, from the headers of the safetensors files; None without any."""
     total = 0
     files = sorted(folder.glob("*.safetensors"))
-    for file in files:
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                total += math.prod(entry["shape"])
+    for path in files:
+        try:
+            with safe_open(path, framework="np") as file:
+                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged ({error}): convert or save it again") from error
     return total if files else None
 
 
@@ -380,14 +389,12 @@ def _components(facts: Facts) -> list[tuple[str, str]]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a Delta-LLaVA folder. Raises `UserError` for anything else."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} has no config.json: give the folder that `delta-llava convert` wrote") from error
-    except ValueError as error:
-        raise UserError(f"{folder}/config.json is no valid JSON ({error}): convert or train again") from error
-    missing = [name for name in ("num_visual_tokens", "vision_config", "text_config") if name not in config]
-    if config.get("model_type") != "delta_llava" or missing:
+    config = read_object(folder / "config.json")
+    vision, text = config.get("vision_config"), config.get("text_config")
+    whole = isinstance(vision, dict) and isinstance(text, dict)
+    counts = [config.get("num_visual_tokens"), vision.get("image_size"), vision.get("patch_size")] if whole else []
+    whole = whole and all(isinstance(count, int) and count > 0 for count in counts)
+    if config.get("model_type") != "delta_llava" or not whole:
         raise UserError(
             f"{folder}/config.json is not a Delta-LLaVA config (model_type {config.get('model_type')!r}): give the "
             "folder that `delta-llava convert` wrote"
@@ -509,9 +516,13 @@ def write_card(
         results: result files of lmms-eval, which are copied into `eval/`.
 
     Raises:
-        UserError: the folder is no Delta-LLaVA folder or not that variant, or the licence is not one of the Hub's.
+        UserError: the folder is no Delta-LLaVA folder or not that variant, the licence is not one of the Hub's, or a
+            name cannot be one.
     """
     folder = Path(folder)
+    for name in (*([] if repo_id is None else [repo_id]), *base_models):
+        check_repository(name)
+    check_reference(revision)
     stated = {"license": licence, "license_name": licence_name, "license_link": licence_link}
     stated = {name: value for name, value in stated.items() if value}
     if stated:

@@ -42,7 +42,10 @@ def list_files(folder: Path, exclude: Iterable[str] = ()) -> list[str]:
     paths = []
     for file in sorted(folder.rglob("*")):
         path = file.relative_to(folder).as_posix()
-        if file.is_dir() or any(path == name or path.startswith(f"{name}/") for name in IGNORED):
+        # A link to a folder stays in the list, so that the preflight can object to it.
+        if file.is_dir() and not file.is_symlink():
+            continue
+        if any(path == name or path.startswith(f"{name}/") for name in IGNORED):
             continue
         if not any(fnmatch.fnmatchcase(path, pattern) or path.startswith(f"{pattern}/") for pattern in exclude):
             paths.append(path)

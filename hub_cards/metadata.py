@@ -1,5 +1,6 @@
 """Checks a folder's model card the way the Hub does, without the Hub."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils import validate_repo_id
+
+from modeling_delta_llava.errors import UserError
 
 # https://huggingface.co/docs/hub/repositories-licenses
 LICENCES = frozenset((Path(__file__).parent / "licenses" / "identifiers.txt").read_text(encoding="utf-8").split())
@@ -17,7 +20,39 @@ LIBRARY = "transformers"
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 PINNED = re.compile(r"""\brevision\s*=\s*["']([^"']+)["']|--revision[ =]([^\s`"']+)""")
 
+REFERENCE = re.compile(r"[A-Za-z0-9][\w.+/-]*", re.ASCII)
 SNIPPET_REPOSITORY = re.compile(r"""\bmodel_id\s*=\s*["']([^"']+)["']""")
+
+
+def read_object(path: Path) -> dict:
+    """A JSON file that holds an object. Raises `UserError` for any other, and when there is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): give the folder that `delta-llava convert` or training wrote"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path} is no valid JSON ({error}): convert or train again") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds no JSON object: convert or train again")
+    return data
+
+
+def check_repository(name: str) -> None:
+    """Raises `UserError` unless a name can be that of a repository on the Hub."""
+    try:
+        validate_repo_id(name)
+        if "/" not in name:
+            raise ValueError("no namespace")
+    except ValueError as error:
+        raise UserError(f"{name!r} is no repository name: write NAMESPACE/NAME, as in user/delta-llava-7b") from error
+
+
+def check_reference(name: str) -> None:
+    """Raises `UserError` unless a name can be that of a tag or branch."""
+    if not REFERENCE.fullmatch(name) or ".." in name or "//" in name or name.endswith((".", "/", ".lock")):
+        raise UserError(f"{name!r} cannot name a tag or a branch: use letters, digits and . _ - /, as in v1.0")
 
 
 def _as_list(value) -> list:

@@ -19,6 +19,7 @@ from modeling_delta_llava.hub_cards.metadata import (
     licence_problem,
     load_card,
     pinned_revisions,
+    read_object,
     snippet_repositories,
 )
 from modeling_delta_llava.hub_cards.scan import forbidden_reason, secret_in
@@ -62,14 +63,12 @@ def check_structure(folder: Path) -> dict:
         raise UserError(f"{folder} is not a folder: give the folder that `delta-llava convert` or training wrote")
     missing = [name for name in REQUIRED if not (folder / name).is_file()]
     _refuse(folder, [f"{name} is missing" for name in missing], "publish the folder that `delta-llava convert` wrote")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{folder}/config.json is no valid JSON ({error}): convert or train again") from error
+    config = read_object(folder / "config.json")
     problems = []
     if config.get("model_type") != "delta_llava":
         problems.append(f"config.json says model_type {config.get('model_type')!r}, not 'delta_llava'")
-    auto_map = config.get("auto_map") or {}
+    auto_map = config.get("auto_map")
+    auto_map = auto_map if isinstance(auto_map, dict) else {}
     for name in ("AutoConfig", "AutoModel", "AutoModelForImageTextToText"):
         if name not in auto_map:
             problems.append(f"auto_map in config.json lacks {name}")
@@ -88,10 +87,10 @@ def check_contents(folder: Path, exclude: Sequence[str] = ()) -> list[str]:
     """Paths to publish. Raises `UserError` for secrets, training state, caches, pickles and links out of it."""
     paths = list_files(folder, exclude)
     problems = []
-    root = folder.resolve()
+    root = os.path.realpath(folder)
     for path in paths:
         file = folder / path
-        if not file.resolve().is_relative_to(root):
+        if not Path(os.path.realpath(file)).is_relative_to(root):
             problems.append(f"{path} is a link out of the folder")
             continue
         if not file.is_file():

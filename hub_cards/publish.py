@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from huggingface_hub.utils import validate_repo_id
-
 from modeling_delta_llava.errors import UserError
 from modeling_delta_llava.hub_cards.manifest import as_json
+from modeling_delta_llava.hub_cards.metadata import check_reference, check_repository
 from modeling_delta_llava.hub_cards.preflight import Preflight, preflight
 from modeling_delta_llava.hub_cards.transfer import MAIN, PULL_REQUEST, Report, Request
 
@@ -124,14 +123,9 @@ def run_worker(order: dict, time_limit: float, say: Callable[[str], None]) -> di
 
 def check_options(repo_id: str, options: PublishOptions) -> None:
     """Raises `UserError` for a repository name or options that cannot work."""
-    try:
-        validate_repo_id(repo_id)
-        if "/" not in repo_id:
-            raise ValueError("no namespace")
-    except ValueError as error:
-        raise UserError(
-            f"{repo_id!r} is no repository name: write NAMESPACE/NAME, as in user/delta-llava-7b"
-        ) from error
+    check_repository(repo_id)
+    for name in (options.revision, *([] if options.tag is None else [options.tag])):
+        check_reference(name)
     if options.create_pr and options.tag:
         raise UserError("--tag and --create-pr do not go together: set the tag once the pull request is merged")
     if options.create_pr and options.revision != MAIN:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from modeling_delta_llava.errors import UserError
 from modeling_delta_llava.hub_cards.card import DEFAULT_REVISION, SKIP_MODULES, read_config, write_card
-from modeling_delta_llava.hub_cards.metadata import load_card, snippet_repositories
+from modeling_delta_llava.hub_cards.metadata import check_repository, load_card, snippet_repositories
 
 PLACEHOLDER = "YOUR_NAME/"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -25,9 +25,12 @@ def _source_repository(folder: Path) -> str | None:
     return next((name for name in names if not name.startswith(PLACEHOLDER)), None)
 
 
-def _check(folder: Path, output: Path, bits: int, base_model: str | None) -> str:
+def _check(folder: Path, output: Path, bits: int, base_model: str | None, repo_id: str | None) -> str:
     """The id of the unquantised model. Raises `UserError` when quantising cannot work."""
     config = read_config(folder)
+    for name in (base_model, repo_id):
+        if name is not None:
+            check_repository(name)
     if bits not in (4, 8):
         raise UserError(f"--bits {bits}: bitsandbytes quantises to 4 or 8 bits")
     if "quantization_config" in config:
@@ -77,7 +80,7 @@ def quantize(
         UserError: bitsandbytes is missing, the source is no Delta-LLaVA folder, or `output` is not empty.
     """
     folder, output = Path(folder), Path(output)
-    base = _check(folder, output, bits, base_model)
+    base = _check(folder, output, bits, base_model, repo_id)
     import torch
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 

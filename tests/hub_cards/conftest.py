@@ -29,7 +29,7 @@ def client(hub, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
         environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), environment.get("PYTHONPATH", "")]).strip(":")
         work = tmp_path / "work"
         work.mkdir(exist_ok=True)
-        return subprocess.run(
+        process = subprocess.run(
             [sys.executable, *map(str, arguments)],
             env=environment,
             cwd=work,
@@ -38,6 +38,9 @@ def client(hub, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
             timeout=timeout,
             check=False,
         )
+        for secret in (*hub.tokens, environment.get("HF_TOKEN") or "no token"):
+            assert secret not in process.stdout + process.stderr, "a token was printed"
+        return process
 
     return run
 

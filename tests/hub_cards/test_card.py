@@ -331,6 +331,9 @@ def test_a_file_that_is_no_result_file_is_one_line(cli, model_folder, tmp_path):
         (["--license", "llama-2"], "'llama-2' is no licence identifier"),
         (["--license", "other"], "needs license_name and license_link"),
         (["--license", "unknown"], "is no licence identifier"),
+        (["--repo-id", "not a name"], "'not a name' is no repository name"),
+        (["--base-model", "a/b/c"], "'a/b/c' is no repository name"),
+        (["--revision", 'v"1'], "cannot name a tag"),
         (["--variant", "delta-llava-7b"], "no variant is called"),
         (["--variant", "delta-llava-qwen2.5-7b-36"], "is not delta-llava-qwen2.5-7b-36"),
     ],
@@ -341,9 +344,30 @@ def test_command_refuses_in_one_line(cli, model_folder, arguments, expected):
 
 
 def test_command_refuses_other_folders(cli, tmp_path):
-    assert_one_line(cli("card", tmp_path / "nowhere"), "has no config.json", "delta-llava convert")
+    assert_one_line(cli("card", tmp_path / "nowhere"), "config.json cannot be read", "delta-llava convert")
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
     assert_one_line(cli("card", tmp_path), "is not a Delta-LLaVA config")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("[1, 2]", "holds no JSON object"),
+        ("{", "is no valid JSON"),
+        ('{"model_type": "delta_llava", "num_visual_tokens": 4, "vision_config": [], "text_config": {}}', "is not a"),
+    ],
+)
+def test_broken_configs_are_one_line(tmp_path, content, expected):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=expected) as caught:
+        write_card(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_weights_are_named(model_folder):
+    (model_folder / "model.safetensors").write_text("xx")
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+        write_card(model_folder)
 
 
 def test_template_holds_no_leftover_names():

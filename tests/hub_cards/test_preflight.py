@@ -136,6 +136,18 @@ def test_link_out_of_the_folder(folder, tmp_path):
         check_contents(folder)
 
 
+def test_links_to_folders_and_loops(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "loop").symlink_to("loop")
+    (folder / "dangling").symlink_to("nothing")
+    with pytest.raises(UserError) as caught:
+        check_contents(folder)
+    for part in ("linked is a link out", "loop is no regular file", "dangling is no regular file"):
+        assert part in str(caught.value)
+    assert "linked" not in check_contents(folder, ["linked", "loop", "dangling"])
+
+
 def test_what_the_client_never_uploads_is_not_looked_at(folder):
     (folder / ".git").mkdir()
     (folder / ".git" / "config").write_text("[core]")

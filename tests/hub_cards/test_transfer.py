@@ -499,6 +499,12 @@ def test_no_server(hub, folder, publish):
     assert_one_line(process, "no connection to the Hub")
 
 
+@pytest.mark.parametrize("options", [{"tag": "bad tag"}, {"tag": "-x"}, {"revision": "a..b"}, {"revision": "x.lock"}])
+def test_tags_and_branches_are_checked(hub, folder, publish, options):
+    assert_one_line(publish(folder, **options), "cannot name a tag or a branch")
+    assert hub.log == []
+
+
 @pytest.mark.parametrize("name", ["model", "user/", "user/a/b", "user/a--b", "user/.git", "user/with space"])
 def test_repository_names_are_checked(hub, folder, publish, name):
     assert_one_line(publish(folder, repo_id=name), "is no repository name")
