@@ -15,7 +15,7 @@ from .collator import DeltaLlavaCollator
 from .data import ConversationDataset, StreamedDataset, check_rows, load_rows, missing_images
 from .parts import set_trained, with_lora
 from .samplers import budget_draw
-from .start import BASE_FOLDER, check_budgets, compose, load_model, local_folder, read_start
+from .start import BASE_FOLDER, built_whole, check_budgets, compose, load_model, local_folder, read_start
 from .text import ConversationEncoder
 from .trainer import DeltaLlavaTrainer
 
@@ -87,7 +87,8 @@ def model_folder(arguments: RunArguments) -> Path:
     with training.main_process_first(local=False, desc="joining language model and vision tower"):
         if training.process_index == 0:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            compose(folder, model, arguments.data, seed=training.seed)
+            with built_whole():
+                compose(folder, model, arguments.data, seed=training.seed)
     return folder
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+from transformers.integrations import deepspeed as deepspeed_integration
 
 from ..building import backbone_chat_template, build_processor, load_tokenizer, read_chat_template
 from ..configuration_delta_llava import DeltaLlavaConfig
@@ -168,6 +169,19 @@ def compose(folder: Path, model: ModelArguments, data: DataArguments, seed: int 
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
     return folder
+
+
+@contextmanager
+def built_whole() -> Iterator[None]:
+    """While active, models are built on this rank alone, also in a run whose weights ZeRO-3 spreads over ranks."""
+    reference = deepspeed_integration._hf_deepspeed_config_weak_ref
+    zero_config = reference() if reference is not None else None
+    deepspeed_integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if zero_config is not None:
+            deepspeed_integration.set_hf_deepspeed_config(zero_config)
 
 
 def append_rows(language_model: Any, rows: int) -> None:

@@ -30,7 +30,12 @@ class Recorder:
 
 def train(settings, result):
     """A whole run: losses, weights, and the budgets that every rank drew."""
-    trainer, checkpoint = prepare(build_arguments(settings))
+    arguments = build_arguments(settings)
+    if arguments.training.deepspeed:
+        import deepspeed
+
+        deepspeed.init_distributed("gloo")  # on CPUs, ZeRO-3 would otherwise build the model for a world of one
+    trainer, checkpoint = prepare(arguments)
     assert dist.get_world_size() == trainer.args.world_size == 2
     recorder = trainer.data_collator = Recorder(trainer.data_collator)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
