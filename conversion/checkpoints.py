@@ -17,6 +17,7 @@ ZERO3_HINT = (
     "`python zero_to_fp32.py CHECKPOINT OUTPUT` in the training output (DeepSpeed wrote the script there) "
     "and convert OUTPUT with the checkpoint's config and tokenizer"
 )
+LFS_POINTER = b"version https://git-lfs"
 FSDP_HINT = "FSDP saved shards: run `accelerate merge-weights CHECKPOINT OUTPUT` and convert OUTPUT"
 
 
@@ -72,26 +73,38 @@ def read_json(path: Path) -> dict:
     """A JSON object from a file.
 
     Raises:
-        UserError: the file is missing, or not a JSON object.
+        UserError: the file is missing, cannot be read, or is not a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
+        raise UserError(f"{path} is missing: copy or download the folder again") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder: a file is expected") from None
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions and its disk") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}): copy or download it again") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold a JSON object")
+        raise UserError(f"{path} does not hold a JSON object: copy or download it again")
     return value
 
 
 def read_weight_file(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one `.safetensors` or `torch.save` file."""
+    """The tensors of one `.safetensors` or `torch.save` file.
+
+    Raises:
+        UserError: there is no such file, it cannot be read, or it holds something else.
+    """
     if not path.is_file():
-        raise UserError(f"{path} is {'a folder' if path.exists() else 'missing'}: a weight file is expected")
-    return read_header(path) if path.suffix == ".safetensors" else read_torch_file(path)
+        raise UserError(f"{path} is {'not a file' if path.exists() else 'missing'}: a weight file is expected")
+    try:
+        with open(path, "rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise UserError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in {path.parent}")
+        return read_header(path) if path.suffix == ".safetensors" else read_torch_file(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions and its disk") from error
 
 
 def has_weights(folder: Path) -> bool:
@@ -136,6 +149,9 @@ def _read_indexed(folder: Path, index: Path) -> Checkpoint:
     weight_map = read_json(file_inside(folder, index.name, str(folder))).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map: save the checkpoint again")
+    odd = next((key for key, name in weight_map.items() if not isinstance(name, str)), None)
+    if odd is not None:
+        raise UserError(f"{index} names no file for tensor {odd!r}: save the checkpoint again")
     names = list(dict.fromkeys(weight_map.values()))
     files = [file_inside(folder, name, str(index)) for name in names]
     missing = [path.name for path in files if not path.is_file()]
@@ -192,6 +208,9 @@ def _why_no_weights(folder: Path) -> str:
         return f"{folder} holds DeepSpeed's own checkpoint, not model weights; {ZERO3_HINT}"
     if any(folder.glob("*.distcp")) or any(folder.glob("pytorch_model_fsdp_*")) or any(folder.glob("*/*.distcp")):
         return f"{folder} holds an FSDP checkpoint, not model weights; {FSDP_HINT}"
+    set_aside = folder.parent / "mm_projector" / f"{folder.name}.bin"
+    if set_aside.is_file():
+        return f"{folder} holds no weights: training wrote them to {set_aside}, copy that to {folder}/mm_projector.bin"
     nested = sorted(path.name for path in folder.glob("checkpoint-*") if path.is_dir())
     if nested:
         return f"{folder} holds no weights, but checkpoints: convert one of them, for example {folder / nested[-1]}"

@@ -101,10 +101,15 @@ def tower_config_fields(folder: Path) -> dict:
         vision = build_sub_config({"model_type": "clip", **fields}, path).vision_config
         return vision.to_diff_dict() | {"model_type": vision.model_type}
     try:
-        AutoConfig.for_model(fields["model_type"])
+        known = AutoConfig.for_model(fields["model_type"]).to_dict()
     except (KeyError, ValueError):
+        known = {}
+    if not {"image_size", "patch_size"} <= known.keys():
         found = fields.get("model_type")
-        raise UserError(f"{path} is no vision tower that transformers knows (model_type {found!r})") from None
+        raise UserError(
+            f"{path} is no vision tower that transformers knows (model_type {found!r}): "
+            "give a CLIP or SigLIP one with --vision-tower"
+        )
     return fields
 
 
@@ -217,9 +222,19 @@ def build_meta_model(config, projector: str):
         return (LlavaForConditionalGeneration if projector == PLAIN else DeltaLlavaForConditionalGeneration)(config)
 
 
-def expected_shapes(config, projector: str) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor that the model of a config needs; a tied head is left out."""
-    shapes = {name: tuple(t.shape) for name, t in build_meta_model(config, projector).state_dict().items()}
+def expected_shapes(config, projector: str, where: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor that the model of a config needs; a tied head is left out.
+
+    Raises:
+        UserError: no model can be built from the config, which `where` holds.
+    """
+    try:
+        model = build_meta_model(config, projector)
+    # Sizes and settings that the config classes let pass fail anywhere in the model's constructors.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(f"{where} describes an impossible model ({reason}): check its values") from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
     return shapes

@@ -1,10 +1,12 @@
 """`delta-llava convert`: a training checkpoint becomes a Hub folder."""
 
+import contextlib
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from modeling_delta_llava.conversion.workspace import (
     transaction,
 )
 from modeling_delta_llava.conversion.writer import parse_size, plan_shards, write_shards
+from modeling_delta_llava.errors import UserError
 
 # In the Hub folder: what training wrote beside the weights, as `delta-llava export` puts it back.
 TRAINING_FOLDER = "training"
@@ -95,7 +98,7 @@ def convert(
     output = Path(output)
     max_shard_bytes = parse_size(max_shard_size)
     options = options or Options()
-    with interruptible(output), quiet_transformers():
+    with interruptible(output), quiet_transformers(downloads=progress):
         check_output(output, _local_inputs(source, options), overwrite)
         plan = make_plan(source, options)
         check_output(output, plan.folders, overwrite)
@@ -127,7 +130,7 @@ def preview(
     max_shard_bytes = parse_size(max_shard_size)
     options = options or Options()
     check_output(output, _local_inputs(source, options), overwrite)
-    with quiet_transformers():
+    with quiet_transformers(downloads=True):
         plan = make_plan(source, options)
     check_output(output, plan.folders, overwrite)
     return describe(plan), describe_plan(plan, output, max_shard_bytes)
@@ -155,7 +158,16 @@ def write_small_files(plan: Plan, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
     written = read_json(plan.generation_file) if plan.generation_file is not None else plan.training
     fields = generation_fields(plan.tokenizer, written, plan.image_token, plan.suppressed_rows)
-    build_processor(plan).save_pretrained(folder)
+    try:
+        processor = build_processor(plan)
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if plan.preprocessor is None:
+            raise
+        path = plan.folders["--vision-tower"] / "preprocessor_config.json"
+        raise UserError(f"{path} makes no image processor ({error}): copy the tower's own there") from error
+    processor.save_pretrained(folder)
     GenerationConfig(**fields).save_pretrained(folder)
     kept = folder / TRAINING_FOLDER
     earlier = plan.folders["SOURCE"] / TRAINING_FOLDER
@@ -287,20 +299,32 @@ class progress_bar:  # noqa: N801 - used like a function
         self.bar.close()
 
 
-class quiet_transformers:  # noqa: N801 - used like a function
-    """Only transformers' errors reach the screen inside the block; its advice is about loading models."""
+@contextlib.contextmanager
+def quiet_transformers(downloads: bool = False) -> Iterator[None]:
+    """Only transformers' errors reach the screen inside the block; its advice and bars are about loading models.
 
-    def __enter__(self) -> None:
-        from transformers.utils import logging
+    Args:
+        downloads: whether huggingface_hub shows its bars, which transformers switches off together with its own.
+    """
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
 
-        self.verbosity = logging.get_verbosity()
-        self.progress = logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *_error) -> None:
-        from transformers.utils import logging
-
-        logging.set_verbosity(self.verbosity)
-        if self.progress:
-            logging.enable_progress_bar()
+    verbosity, bars, hub_bars = (
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        not are_progress_bars_disabled(),
+    )
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if downloads and hub_bars:
+        enable_progress_bars()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message="Cannot enable progress bars")
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
+            (enable_progress_bars if hub_bars else disable_progress_bars)()

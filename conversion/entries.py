@@ -133,15 +133,19 @@ def lora_scale(config: dict, module: str, rank: int, where: str) -> float:
         UserError: `adapter_config.json` has no usable alpha, or says another rank.
     """
 
-    def lookup(patterns: dict | None, default: object) -> object:
-        for pattern, value in (patterns or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        return default
+    def lookup(name: str, default: object) -> object:
+        patterns = config.get(name) or {}
+        try:
+            matching = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
+            return next(matching, default)
+        except (re.error, AttributeError) as error:
+            raise UserError(
+                f"the adapter_config.json of {where} has an unusable {name} ({error}): copy the one of training"
+            ) from error
 
     alpha, stated = (
-        lookup(config.get("alpha_pattern"), config.get("lora_alpha")),
-        lookup(config.get("rank_pattern"), config.get("r")),
+        lookup("alpha_pattern", config.get("lora_alpha")),
+        lookup("rank_pattern", config.get("r")),
     )
     if not isinstance(alpha, (int, float)) or not isinstance(stated, int):
         raise UserError(f"{where} states no r and lora_alpha for {module}: copy the adapter_config.json of training")
@@ -279,7 +283,7 @@ def _hint(name: str) -> str:
         return ": the vision tower is another one; give the right one with --vision-tower"
     if name.startswith("model.multi_modal_projector."):
         return ": the projector was trained for another tower or language model than given"
-    return ": the language model is another one than config.json says"
+    return ": the language model is another one than config.json says; give the two that belong together"
 
 
 def json_bytes(value: dict) -> bytes:

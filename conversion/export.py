@@ -75,7 +75,7 @@ def export(
     """
     output = Path(output)
     max_shard_bytes = parse_size(max_shard_size)
-    with interruptible(output), quiet_transformers():
+    with interruptible(output), quiet_transformers(downloads=progress):
         source = local_folder(folder, "HUB_FOLDER")
         check_output(output, {"HUB_FOLDER": source}, overwrite)
         config, projector = read_hub_config(source)
@@ -137,7 +137,7 @@ def hub_entries(folder: Path, config, projector: str) -> Entries:
     """The tensors of a Hub folder under model names, checked against the model of its config."""
     tables = [HUB_RULES] if projector == forms.DELTA else [invert_rules(NATIVE_LLAVA_RULES)]
     entries, _ = named_entries(read_checkpoint(folder).tensors, tables, str(folder), steps=False)
-    check_entries(entries, configs.expected_shapes(config, projector), str(folder))
+    check_entries(entries, configs.expected_shapes(config, projector, folder / "config.json"), str(folder))
     return entries
 
 

@@ -307,7 +307,7 @@ class _Planner:
         )
         entries = with_rows(entries, rows)
         where = " + ".join(str(path) for path in self.folders.values())
-        check_entries(entries, configs.expected_shapes(config, self.projector), where)
+        check_entries(entries, configs.expected_shapes(config, self.projector, self.config_path), where)
         tensors, names = self._outputs(entries)
         embedding = next(tensor for tensor in tensors if names[tensor.name] == EMBEDDING)
         configs.set_dtype(config, embedding.dtype)
@@ -357,8 +357,11 @@ class _Planner:
                     return processor.tokenizer, processor.image_token, folder, True
         files = ("tokenizer.model", "tokenizer.json", "vocab.json")
         folder = next((path for path in folders if any((path / name).exists() for name in files)), self.folder)
+        for name in ("tokenizer_config.json", "added_tokens.json"):
+            if (folder / name).exists():
+                read_json(folder / name)  # damaged ones end here, with one line
         length = self.training.get("tokenizer_model_max_length")
-        return *load_tokenizer(folder, model_type, length), folder, False
+        return *load_tokenizer(folder, model_type, length if isinstance(length, int) else None), folder, False
 
     def _generation_file(self, tokenizer_folder: Path) -> Path | None:
         places = (folder / "generation_config.json" for folder in (self.folder, tokenizer_folder))

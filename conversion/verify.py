@@ -62,7 +62,7 @@ def verify(
             checks.append(Check(name, False, " ".join(str(error).split())))
         return bool(checks[-1].passed)
 
-    with quiet_transformers():
+    with quiet_transformers(downloads=progress):
         run("files", lambda: _check_files(folder))
         known = run("config", lambda: _check_config(folder))
         if not known:

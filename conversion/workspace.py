@@ -142,11 +142,12 @@ def _take_place(building: Path, output: Path, overwrite: bool) -> None:
     if output.exists():
         if not overwrite:
             raise UserError(f"OUTPUT {output} appeared meanwhile: it is left alone, choose another folder")
-        os.rename(output, replaced)
         try:
+            os.rename(output, replaced)
             os.rename(building, output)
         except BaseException:
-            os.rename(replaced, output)
+            if replaced.exists() and not output.exists():
+                os.rename(replaced, output)
             raise
         flush(output.parent)
         shutil.rmtree(replaced, ignore_errors=True)

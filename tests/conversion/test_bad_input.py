@@ -425,6 +425,87 @@ def test_no_tokenizer(stage2, refused):
     assert "tokenizer" in refused(stage2)
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("model.safetensors.index.json", '{"weight_map": {"lm_head.weight": ["x"]}}', "names no file for tensor"),
+        (SHARDS[0], "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json is not valid JSON"),
+        ("added_tokens.json", "[]", "added_tokens.json does not hold a JSON object"),
+        ("tokenizer.model", "hello", "is not a sentencepiece model"),
+        ("generation_config.json", "{", "generation_config.json is not valid JSON"),
+    ],
+)
+def test_damaged_small_files(stage2, refused, file, text, message):
+    (stage2 / file).write_text(text)
+    line = refused(stage2)
+    assert message in line
+    assert str(stage2) in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 0}, "impossible model"),
+        ({"rope_scaling": {"type": "nonsense"}}, "impossible model (KeyError: 'nonsense')"),
+        ({"hidden_size": "wide"}, "'hidden_size'"),
+    ],
+)
+def test_configs_that_make_no_model(stage2, refused, changes, message):
+    change_json(stage2 / "config.json", **changes)
+    line = refused(stage2)
+    assert message in line
+    assert str(stage2 / "config.json") in line
+
+
+def test_a_language_model_as_the_tower(stage2, sources, refused):
+    line = refused(stage2, "--vision-tower", str(sources / "base"))
+    assert "no vision tower" in line
+    assert "'llama'" in line
+
+
+def test_preprocessor_settings_that_make_no_processor(tmp_path, refused):
+    write_stage2(tmp_path / "source", LAYOUT)
+    (tmp_path / "source-tower" / "preprocessor_config.json").write_text('{"size": "large"}')
+    assert "preprocessor_config.json makes no image processor" in refused(tmp_path / "source")
+
+
+@pytest.mark.parametrize("pattern", [{"(": 3}, ["q_proj"]])
+def test_an_alpha_pattern_that_is_none(sources, tmp_path, refused, pattern):
+    write_lora(tmp_path / "lora", LAYOUT, tower=sources / "tower")
+    change_json(tmp_path / "lora" / "adapter_config.json", alpha_pattern=pattern)
+    assert "unusable alpha_pattern" in refused(tmp_path / "lora", "--base-model", str(sources / "base"))
+
+
+def test_a_stage1_checkpoint_that_training_set_aside(stage2, tmp_path, refused):
+    """With an output folder called checkpoint-*, training puts the projector into a folder beside it."""
+    (tmp_path / "checkpoint-9").mkdir()
+    shutil.copy(stage2 / "config.json", tmp_path / "checkpoint-9")
+    (tmp_path / "mm_projector").mkdir()
+    (tmp_path / "mm_projector" / "checkpoint-9.bin").write_bytes(b"")
+    line = refused(tmp_path / "checkpoint-9")
+    assert str(tmp_path / "mm_projector" / "checkpoint-9.bin") in line
+    assert str(tmp_path / "checkpoint-9" / "mm_projector.bin") in line
+
+
+@pytest.mark.parametrize("name", ["config.json", SHARDS[0]])
+def test_files_that_may_not_be_read(stage2, refused, monkeypatch, name):
+    """Refused by a stand-in for the file system: tests may run as root, whom no permission stops."""
+
+    def guarded(real):
+        def call(path, *arguments, **options):
+            if path == stage2 / name:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real(path, *arguments, **options)
+
+        return call
+
+    monkeypatch.setattr("builtins.open", guarded(open))
+    monkeypatch.setattr(Path, "read_text", guarded(Path.read_text))
+    line = refused(stage2)
+    assert f"{stage2 / name} cannot be read (Permission denied)" in line
+
+
 # --- places ----------------------------------------------------------------------------------------------------------
 
 

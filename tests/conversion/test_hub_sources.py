@@ -56,8 +56,10 @@ def test_source_and_tower_from_the_hub(hub, tmp_path):
     unneeded = {"pytorch_model.bin": b"x" * 1000, "optimizer.bin": b"x", "README.md": b"x", "flax_model.msgpack": b"x"}
     upload(hub, "someone/delta", source, unneeded)
     upload(hub, "someone/tower", tmp_path / "source-tower", {"pytorch_model.bin": b"x", "tf_model.h5": b"x"})
-    done = run(hub, tmp_path, "convert", "someone/delta", "hub", "--max-shard-size", "1MB")
+    # On this position tqdm draws its bars on what is no terminal, too.
+    done = run(hub, tmp_path, "convert", "someone/delta", "hub", "--max-shard-size", "1MB", TQDM_POSITION="-1")
     assert done.returncode == 0, done.stderr
+    assert "%|" in done.stderr, "the download has a progress bar"
     assert downloaded(tmp_path, "someone/delta") == {path.name for path in source.iterdir()}
     assert downloaded(tmp_path, "someone/tower") == {"config.json", "preprocessor_config.json"}, (
         "its weights are inside"
@@ -77,8 +79,10 @@ def test_a_base_model_of_bin_files_and_a_tower_with_its_weights(hub, tmp_path):
     write_stage1(tmp_path / "stage1", LAYOUT, tower="someone/tower")
     for name in ("base", "tower", "stage1"):
         upload(hub, f"someone/{name}", tmp_path / name)
-    done = run(hub, tmp_path, "convert", "someone/stage1", "hub", "--base-model", "someone/base")
+    arguments = ("convert", "someone/stage1", "hub", "--base-model", "someone/base", "--no-progress")
+    done = run(hub, tmp_path, *arguments, TQDM_POSITION="-1")
     assert done.returncode == 0, done.stderr
+    assert "%|" not in done.stderr
     assert "pytorch_model-00001-of-00002.bin" in downloaded(tmp_path, "someone/base")
     assert "model.safetensors" in downloaded(tmp_path, "someone/tower")
 

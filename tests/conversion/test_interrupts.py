@@ -134,16 +134,19 @@ def test_an_error_inside_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment", ["before", "after", "between"])
+def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch, moment):
     output = tmp_path / "output"
     output.mkdir()
     (output / "config.json").write_text("old")
     rename = os.rename
 
     def refuse(source, target):
-        if ".building-" in str(source):
+        if (moment == "before" and source == output) or ".building-" in str(source):
             raise OSError("no")
         rename(source, target)
+        if moment == "between" and source == output:
+            raise OSError("no")
 
     def build():
         with transaction(output, overwrite=True) as building:
