@@ -31,7 +31,7 @@ from modeling_delta_llava.hub_cards.preflight import Preflight
 from modeling_delta_llava.hub_cards.publish import PublishOptions, check_options, publish_checked
 
 folder, repo_id, options = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-options = pinned = options.pop("pinned", [])
+pinned = options.pop("pinned", [])
 options = PublishOptions(**{"retry_wait": 0.05, "time_limit": 100, **options})
 checked = Preflight(folder, hash_files(folder, list_files(folder)), "mit", pinned, None)
 try:
@@ -470,6 +470,19 @@ def test_killed_half_way_and_resumed(hub, tmp_path, folder, publish):
     report_of(publish(folder))
     assert len(hub.requests(PUT)) == 1
     assert_holds(hub, folder)
+
+
+def test_killed_uploading_process_is_one_line(hub, tmp_path, folder):
+    stalled = hub.fail(PUT, "stall", seconds=600)
+    process = start(hub, tmp_path, folder)
+    wait_for(lambda: stalled.hits > 0)
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(child), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "Traceback" not in errors
+    assert "the uploading process ended with status -9: run the same command again" in errors.splitlines()[-1]
+    assert commits(hub) == ["initial commit"]
 
 
 def test_uploading_process_ends_with_the_one_that_started_it(hub, tmp_path, folder):
