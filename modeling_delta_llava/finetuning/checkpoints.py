@@ -39,7 +39,11 @@ OPTIMIZER_BYTES = 8
 # What writing files raises: Python itself, safetensors, and torch.save.
 SAVE_ERRORS = (OSError, SafetensorError, RuntimeError)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NO_SPACE_WORDS = ("no space left", "disk quota", "file too large", "failed writing file", "file write failed")
+NO_SPACE_WORDS = (
+    *("no space left", "disk quota", "file too large"),
+    # torch.save says no more than this
+    *("iostream error", "unexpected pos", "file write failed"),
+)
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
