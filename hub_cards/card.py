@@ -85,7 +85,7 @@ class Facts:
     Attributes:
         name: title, and name of the model in model-index.
         repo_id, revision: what the snippets load.
-        config: config.json, or what a variant implies when there is no folder.
+        config: config.json.
         licence: `license`, and with "other" `license_name` and `license_link`; empty when none is known.
         licence_file: whether the repository has its text as LICENSE.
         base_models, datasets, languages: Hub ids and ISO codes for the metadata.
@@ -122,16 +122,6 @@ class Facts:
         vision = self.config["vision_config"]
         grid = vision["image_size"] // vision["patch_size"]
         return [(grid // scale) ** 2 for scale in range(1, grid + 1) if grid % scale == 0]
-
-
-def variant_config(variant: Variant) -> dict[str, Any]:
-    """The part of config.json that a variant fixes, for a card without a folder."""
-    return {
-        "num_visual_tokens": variant.num_visual_tokens,
-        "trained_num_visual_tokens": [variant.num_visual_tokens],
-        "vision_config": dict(variant.tower.shape),
-        "text_config": dict(variant.backbone.shape),
-    }
 
 
 def _label(row: Row, ours: bool) -> str:

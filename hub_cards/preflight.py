@@ -34,20 +34,14 @@ class Preflight:
 
     Attributes:
         files: what will be on the Hub, with hashes.
-        licence: identifier in the card.
         pinned: revisions that the card's snippets load.
         loaded: what the load check reported, or None when it was left out.
     """
 
     folder: Path
     files: list[FileHash]
-    licence: str
     pinned: list[str]
     loaded: dict | None
-
-    @property
-    def size(self) -> int:
-        return sum(file.size for file in self.files)
 
 
 def _refuse(folder: Path, problems: Sequence[str], hint: str) -> None:
@@ -225,4 +219,4 @@ def preflight(
         loaded = check_loading(folder, time_limit)
     say("hashing")
     files = hash_files(folder, paths)
-    return Preflight(folder, files, card.data["license"], pinned_revisions(card.text), loaded)
+    return Preflight(folder, files, pinned_revisions(card.text), loaded)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from modeling_delta_llava.errors import UserError
 from modeling_delta_llava.hub_cards import variants as variants_module
-from modeling_delta_llava.hub_cards.card import Facts, render_card, variant_config, write_card
+from modeling_delta_llava.hub_cards.card import Facts, render_card, write_card
 from modeling_delta_llava.hub_cards.figure import chart_for, draw_chart, draw_example
 from modeling_delta_llava.hub_cards.licences import LLAMA_2_NOTICE, licence_text
 from modeling_delta_llava.hub_cards.metadata import card_problems, metadata_problems, pinned_revisions
@@ -19,6 +19,16 @@ from modeling_delta_llava.hub_cards.variants import get_variant, paper, paper_ta
 from tests.hub_cards.conftest import assert_one_line
 
 NAMES = list(variants())
+
+
+def variant_config(variant) -> dict:
+    """The part of config.json that a variant fixes."""
+    return {
+        "num_visual_tokens": variant.num_visual_tokens,
+        "trained_num_visual_tokens": [variant.num_visual_tokens],
+        "vision_config": dict(variant.tower.shape),
+        "text_config": dict(variant.backbone.shape),
+    }
 
 
 def card_of(name: str, **changes) -> ModelCard:

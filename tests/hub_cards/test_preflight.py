@@ -33,7 +33,6 @@ def test_good_folder_passes(folder, tmp_path, monkeypatch):
     copy = shutil.copytree(folder, tmp_path / "copy")
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     checked = preflight(folder, "user/tiny")
-    assert checked.licence == "mit"
     assert checked.pinned == ["v1.0"]
     assert checked.loaded["class"] == "DeltaLlavaForConditionalGeneration"
     assert len(checked.loaded["new_ids"]) == 2

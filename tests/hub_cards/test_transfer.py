@@ -33,7 +33,7 @@ from modeling_delta_llava.hub_cards.publish import PublishOptions, check_options
 folder, repo_id, options = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
 pinned = options.pop("pinned", [])
 options = PublishOptions(**{"retry_wait": 0.05, "time_limit": 100, **options})
-checked = Preflight(folder, hash_files(folder, list_files(folder)), "mit", pinned, None)
+checked = Preflight(folder, hash_files(folder, list_files(folder)), pinned, None)
 try:
     check_options(repo_id, options)
     report = publish_checked(checked, repo_id, options, lambda text: print("note:", text, file=sys.stderr))
