@@ -1,14 +1,19 @@
 """Ids and labels of conversations, and their expansion to visual tokens."""
 
+import json
+import os
 import types
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modeling_delta_llava.building import build_processor
 from modeling_delta_llava.errors import UserError
 from modeling_delta_llava.finetuning.rows import parse_row
 from modeling_delta_llava.finetuning.text import IGNORED_LABEL, ConversationEncoder, EncodedText, expand
+from modeling_delta_llava.tokenization import sentencepiece_tokenizer
 from tests import tiny
 
 SYSTEM = (
@@ -196,3 +201,25 @@ def test_a_cut_never_leaves_part_of_a_picture(kinds, budget, max_length):
     if row.was_cut:
         following = whole.input_ids[len(row.input_ids)]
         assert len(row.input_ids) + (budget if following == image_id else 1) > max_length
+
+
+REFERENCE = os.environ.get("DELTA_LLAVA_REFERENCE")
+
+
+@pytest.mark.skipif(not REFERENCE, reason="the Llama tokenizer may not be shipped: set DELTA_LLAVA_REFERENCE")
+def test_labels_of_the_released_rows():
+    """Rows of the reference, read as training reads them: ids and labels token for token."""
+    rows = json.loads((Path(REFERENCE) / "text_golden.json").read_text(encoding="utf-8"))
+    config = tiny.tiny_config(text={"vocab_size": 32001}, image_token_id=32000)
+    encoders = {}
+    for legacy in (True, False):
+        tokenizer = sentencepiece_tokenizer(Path(REFERENCE) / "llama_tokenizer.model", legacy=legacy)
+        processor = build_processor(config, tokenizer)
+        encoders |= {(legacy, name): ConversationEncoder(processor, name) for name in ("v1", "plain")}
+    for row in rows:
+        picture = {"image": "a.png"} if any("<image>" in turn["value"] for turn in row["conversations"]) else {}
+        sample = parse_row({"conversations": row["conversations"], **picture})
+        name = {"vicuna_v1": "v1", "plain": "plain"}[row["template"]]
+        encoded = encoders[row["legacy"], name].encode(sample.messages)
+        assert [IMAGE if token == 32000 else token for token in encoded.input_ids] == row["input_ids"], row["name"]
+        assert encoded.labels == row["labels"], row["name"]
