@@ -169,23 +169,27 @@ def write_small_files(plan: Plan, folder: Path) -> None:
         raise UserError(f"{path} makes no image processor ({error}): copy the tower's own there") from error
     processor.save_pretrained(folder)
     GenerationConfig(**fields).save_pretrained(folder)
-    kept = folder / TRAINING_FOLDER
+    _keep_training_files(plan, folder / TRAINING_FOLDER)
+
+
+def _keep_training_files(plan: Plan, kept: Path) -> None:
+    """What export needs: a training checkpoint's tokenizer, generation config and record, or those kept before."""
     earlier = plan.folders["SOURCE"] / TRAINING_FOLDER
     if plan.form == forms.FINETUNED and (earlier / RECORD_FILE).is_file():
+        tokenizer_folder, generation_file = earlier, earlier / "generation_config.json"
         record = read_json(earlier / RECORD_FILE)
-        kept.mkdir()
-        for name in (*TOKENIZER_FILES, "generation_config.json"):
-            if (earlier / name).is_file():
-                shutil.copyfile(file_inside(earlier, name, "SOURCE"), kept / name)
-        (kept / RECORD_FILE).write_bytes(json_bytes(record))
     elif plan.form != forms.FINETUNED and plan.training.get("model_type") != "delta_llava":
-        kept.mkdir()
-        for name in TOKENIZER_FILES:
-            if (plan.tokenizer_folder / name).is_file():
-                shutil.copyfile(file_inside(plan.tokenizer_folder, name, "the tokenizer"), kept / name)
-        if plan.generation_file is not None:
-            shutil.copyfile(plan.generation_file, kept / "generation_config.json")
-        (kept / RECORD_FILE).write_bytes(json_bytes(plan.record))
+        tokenizer_folder, generation_file, record = plan.tokenizer_folder, plan.generation_file, plan.record
+    else:
+        return
+    kept.mkdir()
+    for name in TOKENIZER_FILES:
+        if (tokenizer_folder / name).is_file():
+            shutil.copyfile(file_inside(tokenizer_folder, name, "the tokenizer"), kept / name)
+    if generation_file is not None and generation_file.is_file():
+        path = file_inside(generation_file.parent, generation_file.name, "SOURCE")
+        shutil.copyfile(path, kept / "generation_config.json")
+    (kept / RECORD_FILE).write_bytes(json_bytes(record))
 
 
 def code_files() -> list[Path]:

@@ -18,6 +18,8 @@ from modeling_delta_llava.conversion.streams import LowRankUpdate, MeanRows, Pie
 from modeling_delta_llava.conversion.tensors import FLOATING, StoredTensor
 from modeling_delta_llava.errors import UserError
 
+TOWER = "model.vision_tower."
+PROJECTOR = "model.multi_modal_projector."
 EMBEDDING = "model.language_model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
@@ -279,9 +281,9 @@ def check_entries(entries: Entries, expected: Mapping[str, tuple[int, ...]], whe
 
 
 def _hint(name: str) -> str:
-    if name.startswith("model.vision_tower."):
+    if name.startswith(TOWER):
         return ": the vision tower is another one; give the right one with --vision-tower"
-    if name.startswith("model.multi_modal_projector."):
+    if name.startswith(PROJECTOR):
         return ": the projector was trained for another tower or language model than given"
     return ": the language model is another one than config.json says; give the two that belong together"
 

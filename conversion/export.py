@@ -22,6 +22,7 @@ from modeling_delta_llava.conversion.convert import (
 from modeling_delta_llava.conversion.entries import (
     EMBEDDING,
     HEAD,
+    TOWER,
     Entries,
     Entry,
     check_entries,
@@ -43,9 +44,6 @@ from modeling_delta_llava.conversion.tensors import DTYPES, item_size
 from modeling_delta_llava.conversion.workspace import check_output, check_space, interruptible, transaction
 from modeling_delta_llava.conversion.writer import parse_size, write_shards
 from modeling_delta_llava.errors import UserError
-
-TOWER = "model.vision_tower."
-PROJECTOR = "model.multi_modal_projector."
 
 
 def export(

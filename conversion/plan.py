@@ -16,6 +16,8 @@ from modeling_delta_llava.conversion.checkpoints import (
 from modeling_delta_llava.conversion.entries import (
     EMBEDDING,
     HEAD,
+    PROJECTOR,
+    TOWER,
     Entries,
     check_adapter_config,
     check_entries,
@@ -42,8 +44,6 @@ from modeling_delta_llava.conversion.streams import LowRankUpdate, OutputTensor,
 from modeling_delta_llava.conversion.tensors import StoredTensor
 from modeling_delta_llava.errors import UserError
 
-TOWER = "model.vision_tower."
-PROJECTOR = "model.multi_modal_projector."
 DTYPES = {"keep": None, "bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 # Dropped tensors up to this size (rotary frequencies, position ids) go into the record, so that export restores them.
 RECORDED_BYTES = 64_000
@@ -275,7 +275,7 @@ class _Planner:
         if not Path(name).is_absolute():
             for place in (self.folder / name, self.folder.parent / name):
                 if place.is_dir():
-                    return place
+                    return local_folder(str(place), "vision tower", weights=weights)
         try:
             return local_folder(name, "vision tower", weights=weights)
         except UserError as error:

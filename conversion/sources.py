@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from modeling_delta_llava.conversion.checkpoints import require_folder
+from modeling_delta_llava.conversion.checkpoints import file_inside, require_folder
 from modeling_delta_llava.conversion.tensors import format_bytes
 from modeling_delta_llava.conversion.workspace import free_bytes
 from modeling_delta_llava.errors import UserError
@@ -30,18 +30,26 @@ def local_folder(name: str, role: str, revision: str | None = None, weights: boo
         weights: whether the weights are needed, or only config, tokenizer and preprocessor.
 
     Raises:
-        UserError: no such folder, or the Hub cannot be reached or does not give it.
+        UserError: no such folder, a link leaves it, or the Hub cannot be reached or does not give it.
     """
     if not is_hub_id(name):
         if revision is not None:
             raise UserError(f"--revision {revision} needs {role} to be a Hub id, and {name} is a path")
-        return require_folder(Path(name), role)
+        return _checked_links(require_folder(Path(name), role), role)
     folder = _download(name, role, revision, _SMALL_FILES + (_SMALL_WEIGHTS if weights else []))
     if weights and not any((folder / file).exists() for file in (*_SMALL_WEIGHTS, "adapter_config.json")):
         for patterns in (_safetensors_patterns(folder), ["pytorch_model*.bin"]):
             folder = _download(name, role, revision, patterns)
             if any(any(folder.glob(pattern)) for pattern in patterns):
                 break
+    return _checked_links(folder, role)
+
+
+def _checked_links(folder: Path, role: str) -> Path:
+    """`folder`, if none of the small files that are read by name is a link out of it. (Weights are checked singly.)"""
+    for path in folder.iterdir():
+        if path.is_symlink() and any(path.match(pattern) for pattern in _SMALL_FILES):
+            file_inside(folder, path.name, role)
     return folder
 
 

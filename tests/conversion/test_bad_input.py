@@ -402,6 +402,15 @@ def test_link_out_of_the_folder(stage2, tmp_path, refused):
     assert "link that leaves" in line
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "config.json"])
+def test_small_files_that_are_links_out_of_the_folder(stage2, tmp_path, refused, name):
+    shutil.move(stage2 / name, tmp_path / "elsewhere.json")
+    (stage2 / name).symlink_to(tmp_path / "elsewhere.json")
+    line = refused(stage2)
+    assert str(stage2 / name) in line
+    assert "link that leaves" in line
+
+
 def test_links_inside_the_hub_cache_are_followed(stage2, tmp_path):
     root = tmp_path / "models--someone--model"
     snapshot = root / "snapshots" / "0123"
