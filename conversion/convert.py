@@ -88,7 +88,7 @@ def convert(
         max_shard_size: `5GB`.
         overwrite: replace an `output` that holds a model.
         allow_nonfinite: convert weights with NaN or infinity as they are, and report them.
-        scan: look for NaN and infinity at all; without it, unchanged bytes are copied by the kernel.
+        scan: look for NaN and infinity at all.
         progress: show a bar with rate and time left.
         say: called with lines about what was found.
 

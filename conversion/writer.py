@@ -1,10 +1,11 @@
 """Writes output tensors as safetensors shards with their index."""
 
-import errno
+import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,10 +14,9 @@ from modeling_delta_llava.conversion.streams import OutputTensor, Span, TensorSt
 from modeling_delta_llava.conversion.tensors import item_size
 from modeling_delta_llava.errors import UserError
 
-# Bytes per system call of a copy inside the kernel: large enough to cost nothing, small enough for a smooth bar.
-KERNEL_COPY_BYTES = 64 << 20
-# What system calls answer on file systems and platforms that cannot copy inside the kernel.
-_NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.ENOTSOCK}
+# How far ahead of writing sources are read into the page cache, and how much one request asks for.
+READ_AHEAD_BYTES = 512 << 20
+READ_AHEAD_STEP = 8 << 20
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
@@ -79,13 +79,16 @@ def write_shards(
     """
     shards = plan_shards(tensors, max_shard_bytes)
     names = shard_names(len(shards))
-    with ThreadPoolExecutor(1) as flusher:
+    with ThreadPoolExecutor(1) as flusher, read_ahead([t for shard in shards for t in shard], stream) as reach:
         flushed = []
         for name, shard in zip(names, shards, strict=True):
             with open(folder / name, "wb", buffering=0) as file:
                 _write_all(file.fileno(), memoryview(header_bytes({t.name: (t.dtype, t.shape) for t in shard})))
                 for tensor in shard:
-                    _write_tensor(file.fileno(), tensor, stream, advance)
+                    reach(tensor)
+                    for chunk in stream.chunks(tensor):
+                        _write_all(file.fileno(), chunk)
+                        advance(len(chunk))
                     if stream.nonfinite and not allow_nonfinite:
                         raise UserError(nonfinite_message(stream.nonfinite, tensor))
             # Flushing one shard to disk goes on while the next one is copied.
@@ -107,6 +110,47 @@ def write_shards(
     return [folder / names[0]]
 
 
+@contextlib.contextmanager
+def read_ahead(tensors: Sequence[OutputTensor], stream: TensorStream) -> Iterator[Callable[[OutputTensor], None]]:
+    """Has the kernel read sources before they are needed, on a thread, so that reading and writing overlap.
+
+    Args:
+        tensors: in the order in which they are written.
+
+    Yields:
+        a function to call with each of them before it is written.
+    """
+    waiting = iter(tensors)
+    ahead: deque[OutputTensor] = deque()
+    ahead_bytes = 0
+
+    def advise(descriptor: int, position: int, count: int) -> None:
+        with contextlib.suppress(OSError):  # only advice: some file systems take none
+            for start in range(position, position + count, READ_AHEAD_STEP):
+                os.posix_fadvise(
+                    descriptor, start, min(READ_AHEAD_STEP, position + count - start), os.POSIX_FADV_WILLNEED
+                )
+
+    def reach(tensor: OutputTensor) -> None:
+        nonlocal ahead_bytes
+        while ahead_bytes < READ_AHEAD_BYTES and (following := next(waiting, None)) is not None:
+            ahead.append(following)
+            ahead_bytes += following.nbytes
+            for piece in following.pieces:
+                if isinstance(piece, Span) and hasattr(os, "posix_fadvise"):
+                    stored, size = piece.stored, item_size(piece.dtype)
+                    position = stored.offset + piece.start * size
+                    reader.submit(advise, stream.descriptor(stored.file), position, piece.count * size)
+        while ahead and ahead[0] is not tensor:
+            ahead_bytes -= ahead.popleft().nbytes
+
+    with ThreadPoolExecutor(1) as reader:
+        try:
+            yield reach
+        finally:
+            reader.shutdown(cancel_futures=True)
+
+
 def nonfinite_message(found: dict[str, int], tensor: OutputTensor) -> str:
     """One line about the first tensor with values that are not finite."""
     name, count = next(iter(found.items()))
@@ -116,46 +160,6 @@ def nonfinite_message(found: dict[str, int], tensor: OutputTensor) -> str:
         f"tensor {name!r}{where} holds {count} NaN or infinite value{'s' * (count != 1)} in {tensor.dtype}: "
         "train or save it again, choose a wider --dtype, or pass --allow-nonfinite to convert it as it is"
     )
-
-
-def _write_tensor(target: int, tensor: OutputTensor, stream: TensorStream, advance: Callable[[int], None]) -> None:
-    if stream.scan or tensor.copied_bytes < tensor.nbytes:
-        for chunk in stream.chunks(tensor):
-            _write_all(target, chunk)
-            advance(len(chunk))
-        return
-    for piece in tensor.pieces:
-        size = item_size(piece.dtype)
-        source = stream.descriptor(piece.stored.file)
-        position = piece.stored.offset + piece.start * size
-        for count in _copy_range(source, target, position, piece.count * size):
-            advance(count)
-
-
-def _copy_range(source: int, target: int, position: int, count: int):
-    """Copies bytes between descriptors inside the kernel where it can, and yields the bytes of each call."""
-    copy = os.copy_file_range if hasattr(os, "copy_file_range") else None
-    while count:
-        wanted = min(count, KERNEL_COPY_BYTES)
-        try:
-            if copy is not None:
-                done = copy(source, target, wanted, position)
-            else:
-                done = os.sendfile(target, source, position, wanted)
-        except OSError as error:
-            if error.errno not in _NO_KERNEL_COPY:
-                raise
-            if copy is not None:
-                copy = None
-                continue
-            data = os.pread(source, min(wanted, 4 << 20), position)
-            _write_all(target, memoryview(data))
-            done = len(data)
-        if done == 0:
-            raise UserError("a source file became shorter while it was read: leave the source alone and run again")
-        position += done
-        count -= done
-        yield done
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:

@@ -19,11 +19,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SLOW_CONVERSION = """
 import sys, time
 from modeling_delta_llava.conversion import writer
-write = writer._write_tensor
+write = writer._write_all
 def slowly(*arguments):
     time.sleep(0.05)
     write(*arguments)
-writer._write_tensor = slowly
+writer._write_all = slowly
 from modeling_delta_llava.cli import main
 sys.exit(main(sys.argv[1:]))
 """

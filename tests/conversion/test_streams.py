@@ -1,5 +1,8 @@
 """Output tensors as byte streams: copies, casts, merges, new rows, and the scan for NaN and infinity."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from modeling_delta_llava.conversion import streams
+from modeling_delta_llava.conversion import streams, writer
 from modeling_delta_llava.conversion.export import load_output
 from modeling_delta_llava.conversion.safetensors_files import read_header
 from modeling_delta_llava.conversion.streams import (
@@ -140,23 +143,35 @@ def tensor_width(dtype: str) -> int:
     return streams.item_size(dtype)
 
 
-@pytest.mark.parametrize("failing", ["copy_file_range", "sendfile"])
-def test_copying_falls_back_where_the_kernel_does_not_help(stored, tmp_path, monkeypatch, failing):
-    import errno
-    import os
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no advice on this platform")
+@pytest.mark.parametrize("supported", [True, False])
+def test_sources_are_read_ahead(stored, tmp_path, monkeypatch, supported):
+    advised = []
 
-    def refuse(*_arguments):
-        raise OSError(errno.EXDEV, "not supported here")
+    def advise(_descriptor, position, count, _advice):
+        advised.append((position, count))
+        if not supported:
+            raise OSError(errno.EINVAL, "not supported here")
 
-    monkeypatch.setattr(os, "copy_file_range", refuse)
-    if failing == "sendfile":
-        monkeypatch.setattr(os, "sendfile", refuse)
-    values = torch.randn(100, 10)
-    output = OutputTensor("a", "F32", (100, 10), (Span.whole(stored(a=values)["a"]),))
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    monkeypatch.setattr(writer, "READ_AHEAD_BYTES", 1000)
+    monkeypatch.setattr(writer, "READ_AHEAD_STEP", 300)
+    tensors = {f"t{i}": torch.randn(i + 1, 16) for i in range(12)}
+    found = stored(**tensors)
+    outputs = [OutputTensor(name, "F32", t.shape, (Span.whole(t),)) for name, t in found.items()]
     (tmp_path / "out").mkdir()
-    with TensorStream(scan=False) as stream:
-        write_shards(tmp_path / "out", [output], 10**9, stream)
-    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["a"], values)
+    with TensorStream() as stream:
+        write_shards(tmp_path / "out", outputs, 1500, stream)
+    written = {}
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        written |= load_file(path)
+    assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
+    if supported:
+        ends = [position + count for position, count in advised]
+        assert [position for position, _ in advised[1:]] == ends[:-1], "in order and without a gap"
+        assert advised[0][0] == found["t0"].offset
+        assert sum(count for _, count in advised) == sum(tensor.nbytes for tensor in tensors.values())
+        assert max(count for _, count in advised) <= 300
 
 
 def test_a_tensor_larger_than_a_shard_gets_one_of_its_own(stored):
