@@ -13,7 +13,7 @@ from modeling_delta_llava.finetuning.run import run
 from modeling_delta_llava.modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from tests.finetuning.helpers import REPOSITORY, python, trained, weights
 
-MOMENTS = 6
+MOMENTS = 4
 
 
 def test_killed_at_any_moment_the_run_goes_on(settings, tmp_path):
