@@ -10,6 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 import yaml
 from transformers.utils import is_torch_tf32_available
@@ -130,6 +131,12 @@ class DeltaLlavaTrainingArguments(transformers.TrainingArguments):
             # A stream is read on every rank: batches of pictures cannot be cut into pieces and sent around.
             self.accelerator_config = {"dispatch_batches": False}
         super().__post_init__()
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process, without a number on CPUs: `torch.load` knows no `cpu:0`."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
 
 @dataclass
