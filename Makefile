@@ -30,7 +30,7 @@ $(INSTALLED): pyproject.toml requirements/common.txt requirements/$(VERSIONS).tx
 install: $(INSTALLED)
 
 demo: install
-	$(PYTHON) -m modeling_delta_llava.demo
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PYTHON) -m modeling_delta_llava.demo
 
 # One thread for each worker: more workers than cores times threads slow each other down.
 test: install

@@ -1,7 +1,8 @@
 """The demo's own visual question-answering set: coloured shapes on a plain ground, drawn with PIL.
 
-A picture has three by three places, each empty or holding one shape in one colour. Questions ask for counts, colours,
-shapes and positions, and whether something is there; every answer follows from the scene, never from the question.
+A picture has four by four places, each empty or holding one shape in one colour; a position is one of the four
+quarters. Questions ask for counts, colours, shapes and positions, and whether something is there; every answer follows
+from the scene, never from the question.
 """
 
 import json
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 IMAGE_SIZE = 96
-PLACES_PER_SIDE = 3
+PLACES_PER_SIDE = 4
 PLACE_SIZE = IMAGE_SIZE // PLACES_PER_SIDE
 SUPERSAMPLING = 2
 
@@ -26,11 +27,7 @@ COLOURS = {
     "blue": (42, 96, 214),
     "yellow": (241, 196, 15),
 }
-POSITIONS = (
-    "top left", "top", "top right",
-    "left", "middle", "right",
-    "bottom left", "bottom", "bottom right",
-)  # fmt: skip
+POSITIONS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 CAPTION_REQUEST = "Describe the picture."
 KINDS = ("count", "colour", "shape", "position", "presence")
@@ -38,7 +35,7 @@ KINDS = ("count", "colour", "shape", "position", "presence")
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape of a scene: what it is and in which of the nine places (numbered row by row) it lies."""
+    """One shape of a scene: what it is and in which of the sixteen places (numbered row by row) it lies."""
 
     shape: str
     colour: str
@@ -47,6 +44,11 @@ class Thing:
     @property
     def name(self) -> str:
         return f"{self.colour} {self.shape}"
+
+    @property
+    def position(self) -> str:
+        row, column = divmod(self.place, PLACES_PER_SIDE)
+        return POSITIONS[2 * (2 * row // PLACES_PER_SIDE) + 2 * column // PLACES_PER_SIDE]
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ Scene = tuple[Thing, ...]
 
 def draw_scene(rng: random.Random) -> Scene:
     """A random scene of one to four things in different places."""
-    places = sorted(rng.sample(range(len(POSITIONS)), rng.randint(1, 4)))
+    places = sorted(rng.sample(range(PLACES_PER_SIDE**2), rng.randint(1, 4)))
     return tuple(Thing(rng.choice(SHAPES), rng.choice(list(COLOURS)), place) for place in places)
 
 
@@ -91,7 +93,7 @@ def paint(scene: Scene, rng: random.Random) -> tuple[Image.Image, np.ndarray]:
     owners = Image.new("L", (size, size), 0)
     pen, owner_pen = ImageDraw.Draw(picture), ImageDraw.Draw(owners)
     for number, thing in enumerate(scene, start=1):
-        radius = rng.uniform(10.0, 14.0)
+        radius = rng.uniform(8.0, 10.5)
         slack = PLACE_SIZE / 2 - radius - 1
         row, column = divmod(thing.place, PLACES_PER_SIDE)
         centre = (
@@ -128,7 +130,7 @@ def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, centre: tuple[float, float
 
 def caption(scene: Scene) -> str:
     """Names every thing of a scene with its place, row by row."""
-    return ", ".join(f"a {thing.name} at the {POSITIONS[thing.place]}" for thing in scene) + "."
+    return ", ".join(f"a {thing.name} at the {thing.position}" for thing in scene) + "."
 
 
 def questions(scene: Scene, rng: random.Random) -> list[Question]:
@@ -148,7 +150,7 @@ def questions(scene: Scene, rng: random.Random) -> list[Question]:
         if sum(other.colour == thing.colour for other in scene) == 1:
             asked.append(Question("shape", f"What shape is {thing.colour}?", thing.shape))
         if sum(other.name == thing.name for other in scene) == 1:
-            asked.append(Question("position", f"Where is the {thing.name}?", POSITIONS[thing.place]))
+            asked.append(Question("position", f"Where is the {thing.name}?", thing.position))
     present = sorted({thing.name for thing in scene})
     absent = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES if f"{colour} {shape}" not in present]
     asked.append(Question("presence", f"Is there a {rng.choice(present)}?", "yes"))
