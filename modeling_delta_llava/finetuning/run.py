@@ -86,7 +86,6 @@ def model_folder(arguments: RunArguments) -> Path:
     folder = Path(training.output_dir) / BASE_FOLDER
     with training.main_process_first(local=False, desc="joining language model and vision tower"):
         if training.process_index == 0:
-            folder.parent.mkdir(parents=True, exist_ok=True)
             with built_whole():
                 compose(folder, model, arguments.data, seed=training.seed)
     return folder
@@ -168,6 +167,10 @@ def prepare(arguments: RunArguments) -> tuple[DeltaLlavaTrainer, Path | None]:
     train_dataset = open_dataset(arguments, encoder)
     eval_dataset = open_dataset(arguments, encoder, evaluation=True) if data.eval_data_path is not None else None
 
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir: {output_dir} cannot be made ({error}); give another folder") from None
     folder = model_folder(arguments)
     model = load_model(folder, model_arguments, training)
     set_trained(model, model_arguments)

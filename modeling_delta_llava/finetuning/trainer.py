@@ -177,7 +177,7 @@ class DeltaLlavaTrainer(Trainer):
 
     def begin_run(self) -> None:
         """Checks disk space and writes, reads back and removes one checkpoint, before the first step."""
-        if not self.args.trial_save or self.args.save_strategy == "no":
+        if not self.args.trial_save:
             return
         output_dir = Path(self.args.output_dir)
         if self.args.should_save:
@@ -187,7 +187,7 @@ class DeltaLlavaTrainer(Trainer):
                 output_dir,
                 weights=sum(number_of_elements(item) * item.element_size() for item in parameters),
                 optimizer=0
-                if self.args.save_only_model
+                if self.args.save_only_model or self.args.save_strategy == "no"
                 else OPTIMIZER_BYTES * sum(number_of_elements(item) for item in parameters if item.requires_grad),
                 keeps_old=self.args.save_total_limit != 0,
             )

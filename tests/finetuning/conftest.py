@@ -22,6 +22,7 @@ EXACT = {
     "per_device_train_batch_size": 4,
     "num_train_epochs": 1,
     "save_strategy": "no",
+    "trial_save": False,
     "train_language_model": True,
     "log_level": "error",
 }

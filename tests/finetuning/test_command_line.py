@@ -225,7 +225,10 @@ BAD_INPUTS = {
     "empty budget list": ({"visual_token_budgets": []}, "visual_token_budgets must be different positive numbers"),
     "no folder for a picture": ({"image_folder": "nowhere"}, "image_folder: nowhere is no folder"),
     "output is a file": (lambda folder, _: {"output_dir": str(write_config(folder / "file", {}))}, "is a file"),
-    "output cannot be written": ({"output_dir": "/proc/run"}, "/proc"),
+    "output cannot be made": (
+        {"output_dir": "/proc/run", "trial_save": True},
+        "output_dir: /proc/run cannot be made .*give another",
+    ),
     "unknown setting": ({"learning_rat": 1}, "did you mean learning_rate"),
     "another kind of model": (
         with_model("config.json", lambda text: json.dumps({"model_type": "llama"})),

@@ -18,7 +18,13 @@ MOMENTS = 4
 
 def test_killed_at_any_moment_the_run_goes_on(settings, tmp_path):
     """Killed in the trial save, in checkpoints, in their rotation or in the result; the curve stays the same."""
-    changes = {"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    changes = {
+        "num_train_epochs": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": 2,
+        "trial_save": True,
+    }
     (tmp_path / "settings.json").write_text(json.dumps({**settings, **changes}))
     script = REPOSITORY / "tests" / "finetuning" / "killed_runs.py"
     ended = python(script, tmp_path / "settings.json", tmp_path, MOMENTS)
@@ -48,7 +54,7 @@ def file_size_limit():
 
 def test_a_disk_that_fills_up_loses_nothing(arguments, tmp_path, file_size_limit, monkeypatch):
     """Weights still fit when the optimizer state does not; then nothing fits; then there is space again."""
-    common = {"save_strategy": "steps", "save_steps": 2}
+    common = {"save_strategy": "steps", "save_steps": 2, "trial_save": True}
     whole = trained(arguments(**common, output_dir=str(tmp_path / "whole")))
     first = tmp_path / "whole" / "checkpoint-2"
     sizes = [(first / name).stat().st_size for name in ("model.safetensors", "optimizer.pt")]
@@ -88,4 +94,4 @@ def test_a_disk_that_is_too_small_is_noticed_first(arguments, monkeypatch):
         "shutil.disk_usage", lambda folder: type("Usage", (), {"total": usage.f_blocks, "used": 0, "free": 1000})
     )
     with pytest.raises(UserError, match=r"0\.0 GB free, but checkpoints need .*on another disk"):
-        run(arguments(save_strategy="steps"))
+        run(arguments(trial_save=True))
