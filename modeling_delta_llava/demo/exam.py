@@ -28,7 +28,7 @@ def examine(folder: str, budgets: list[int | None], questions: list[dict[str, st
     for budget in budgets:
         answers, elapsed, timed = [], 0.0, questions[WARM_UP_QUESTIONS:]
         options = {} if budget is None else {"processor_kwargs": {"num_visual_tokens": budget}}
-        name = "without the picture" if budget is None else f"{budget} visual tokens"
+        name = "without the picture" if budget is None else f"at {budget}"
         for number, row in enumerate(tqdm(questions, desc=f"  asking, {name}", leave=False)):
             content = [{"type": "text", "text": row["question"]}]
             if budget is not None:

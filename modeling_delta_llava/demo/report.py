@@ -65,7 +65,7 @@ def results_table(results: list[ExamResult], questions: list[ExamQuestion]) -> T
 def draw_answers(
     questions: list[ExamQuestion], results: list[ExamResult], folder: Path, columns: int = 4, tiles: int = 12
 ) -> Image.Image:
-    """A sheet of pictures, each with a question, the right answer and the answers at every budget.
+    """A sheet of pictures, each with a question, the right answer and the answers at every number of visual tokens.
 
     Args:
         questions: what was asked; the first question of each of the first `tiles` pictures is shown.
@@ -93,7 +93,7 @@ def draw_answers(
         pen.text((left, top + LINE_HEIGHT), f"right answer: {question.answer}", INK, font)
         for line, result in enumerate(results, start=2):
             answer = result.answers[number]
-            label = "no picture" if result.budget is None else f"{result.budget} tokens"
+            label = "no picture" if result.budget is None else f"at {result.budget}"
             colour = RIGHT if answer == question.answer else WRONG
             pen.text((left, top + line * LINE_HEIGHT), f"{label}: {answer}", colour, font)
     return sheet

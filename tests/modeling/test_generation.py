@@ -1,7 +1,6 @@
 """`generate` with images: every way of decoding says what the language model says about spliced embeddings."""
 
 import gc
-import importlib.util
 
 import pytest
 import torch
@@ -157,14 +156,9 @@ def test_assisted_decoding_equals_greedy(assistant, model):
 # --- caches ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["quanto", "hqq"])
-def test_quantised_cache_equals_that_of_the_language_model(backend, model, language_model):
-    if importlib.util.find_spec({"quanto": "optimum.quanto", "hqq": "hqq"}[backend].partition(".")[0]) is None:
-        pytest.skip(f"{backend} is not installed")
+def test_quantised_cache_equals_that_of_the_language_model(model, language_model):
     inputs, pixels = batch(*ROWS), pictures(6)
-    cache = {"backend": backend, "nbits": 4, "q_group_size": 16, "residual_length": 4}
-    if backend == "hqq":
-        cache |= {"axis_key": 1, "axis_value": 1}
+    cache = {"backend": "hqq", "nbits": 4, "q_group_size": 16, "residual_length": 4, "axis_key": 1, "axis_value": 1}
     settings = {**GREEDY, "cache_implementation": "quantized", "cache_config": cache}
     expected = language_model.generate(**spliced(model, inputs, encode_alone(model, pixels)), **settings)
     assert torch.equal(new_tokens(model.generate(**inputs, pixel_values=pixels, **settings), inputs), expected)
