@@ -15,7 +15,16 @@ from .collator import DeltaLlavaCollator
 from .data import ConversationDataset, StreamedDataset, check_rows, load_rows, missing_images
 from .parts import set_trained, with_lora
 from .samplers import budget_draw
-from .start import BASE_FOLDER, built_whole, check_budgets, compose, load_model, local_folder, read_start
+from .start import (
+    BASE_FOLDER,
+    built_whole,
+    check_budgets,
+    check_default_budget,
+    compose,
+    load_model,
+    local_folder,
+    read_start,
+)
 from .text import ConversationEncoder
 from .trainer import DeltaLlavaTrainer
 
@@ -163,6 +172,7 @@ def prepare(arguments: RunArguments) -> tuple[DeltaLlavaTrainer, Path | None]:
     checkpoint = checkpoint_to_resume(training.resume_from_checkpoint, output_dir, arguments.settings)
     config, processor = read_start(model_arguments, data)
     check_budgets(config, training.visual_token_budgets)
+    check_default_budget(config, training.visual_token_budgets)
     encoder = ConversationEncoder(processor, data.format)
     train_dataset = open_dataset(arguments, encoder)
     eval_dataset = open_dataset(arguments, encoder, evaluation=True) if data.eval_data_path is not None else None

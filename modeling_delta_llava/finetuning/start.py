@@ -333,6 +333,15 @@ def check_budgets(config: DeltaLlavaConfig, budgets: list[int] | None) -> None:
             )
 
 
+def check_default_budget(config: DeltaLlavaConfig, budgets: list[int] | None) -> None:
+    """Raises `UserError` when the budget that the saved model would use by default is never trained."""
+    if budgets and config.num_visual_tokens not in budgets:
+        raise UserError(
+            f"the model's default of {config.num_visual_tokens} visual tokens is not among visual_token_budgets "
+            f"{budgets} and would never be trained; add it, or pass --num_visual_tokens {max(budgets)}"
+        )
+
+
 def load_model(
     folder: Path, model: ModelArguments, training: DeltaLlavaTrainingArguments
 ) -> DeltaLlavaForConditionalGeneration:

@@ -15,9 +15,10 @@ from modeling_delta_llava.errors import UserError
 from tests.conversion.conftest import assert_same_tensors, read_tensors
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# The real command line, with a pause before each tensor.
+# The real command line, with a pause before each tensor. A shell starts what it runs in the background deaf to SIGINT.
 SLOW_CONVERSION = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from modeling_delta_llava.conversion import writer
 write = writer._write_all
 def slowly(*arguments):
