@@ -1,7 +1,7 @@
 # `make demo`, `make test` and `make lint` do all set-up on a machine that has python3 (3.11 or newer) with venv.
 #
 #   make test TESTS=tests/conversion                    a part of the tests
-#   make test PYTEST_ARGS='-m slow'                     other tests than the default selection
+#   make test PYTEST_ARGS='-m vllm'                     other tests than the default selection
 #   make test VENV=.venv-oldest VERSIONS=oldest         the oldest supported transformers
 #   make demo TORCH='torch==2.13.0 --index-url URL'     torch from another index (say, its CPU builds)
 
