@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_delta_llava import DeltaLlavaConfig
-from .fusion_delta_llava import FusedDeltaProjector, weight_versions
+from .fusion_delta_llava import FusedDeltaProjector, linear, weight_versions
 
 
 class UniformLinear(nn.Linear):
@@ -291,7 +291,8 @@ class DeltaLlavaProjector(nn.Module):
 
     def _project(self, query_features: torch.Tensor, memory_features: torch.Tensor, scale: int) -> torch.Tensor:
         if self._fused_is_current():
-            hidden = self.fused(query_features, memory_features, scale)
+            hidden = F.gelu(self.fused(query_features, memory_features, scale))
+            visual_tokens = linear(hidden, self.linear_2.weight, self.linear_2.bias)
         else:
             values = self.value_projection(memory_features)
             if scale == 1 and not self.training:
@@ -301,6 +302,5 @@ class DeltaLlavaProjector(nn.Module):
                 queries = self.queries(query_features, self.source_grid_size // scale)
                 keys = self.key_projection(memory_features)
                 attended = self.cross_attention(queries, keys, values, scale)
-            hidden = self.linear_1(attended)
-        visual_tokens = self.linear_2(F.gelu(hidden))
+            visual_tokens = self.linear_2(F.gelu(self.linear_1(attended)))
         return visual_tokens if self.visual_token_scale == 1 else visual_tokens * self.visual_token_scale
