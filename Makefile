@@ -3,6 +3,7 @@
 #   make test TESTS=tests/conversion                    a part of the tests
 #   make test PYTEST_ARGS='-m vllm'                     other tests than the default selection
 #   make test VENV=.venv-oldest VERSIONS=oldest         the oldest supported transformers
+#   make test-deepspeed                                 ZeRO-2 and ZeRO-3 in two CPU processes; installs DeepSpeed
 #   make demo TORCH='torch==2.13.0 --index-url URL'     torch from another index (say, its CPU builds)
 
 BASE_PYTHON ?= python3
@@ -17,7 +18,7 @@ PYTEST_ARGS ?=
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed-$(VERSIONS)
 
-.PHONY: demo test lint format install clean
+.PHONY: demo test test-deepspeed lint format install clean
 
 # torch comes first: what needs it is then content with this version, and pulls in no other build.
 $(INSTALLED): pyproject.toml requirements/common.txt requirements/$(VERSIONS).txt
@@ -36,6 +37,14 @@ demo: install
 test: install
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
 		$(PYTHON) -m pytest -n $(WORKERS) $(PYTEST_ARGS) $(TESTS)
+
+# DeepSpeed is built from source and needs torch for it: no build environment of its own.
+test-deepspeed: install
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c requirements/$(VERSIONS).txt setuptools wheel
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c requirements/$(VERSIONS).txt \
+		--no-build-isolation deepspeed
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
+		$(PYTHON) -m pytest -k deepspeed tests/finetuning/test_several_processes.py
 
 lint: install
 	$(PYTHON) -m ruff check .

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from .errors import UserError
 
@@ -31,7 +32,22 @@ EXIT_INTERRUPTED = 130
 # Typer's usage errors share this base class, which it does not export by name.
 _CommandLineError = typer.BadParameter.__mro__[2]
 
+
+class _Sections(TyperGroup):
+    """A group whose help lists its commands by section (`rich_help_panel`), as plain text."""
+
+    def format_commands(self, ctx, formatter) -> None:
+        commands = [self.commands[name] for name in self.list_commands(ctx)]
+        for section in dict.fromkeys(command.rich_help_panel for command in commands):
+            members = [command for command in commands if command.rich_help_panel == section]
+            with formatter.section(section):
+                formatter.write_dl([(command.name, command.get_short_help_str(limit=400)) for command in members])
+
+
 app = typer.Typer(
+    cls=_Sections,
+    # Plain help: importing what renders it in colour would take longer than all the rest of `--help`.
+    rich_markup_mode=None,
     name="delta-llava",
     help="Delta-LLaVA for Hugging Face transformers (unofficial).",
     add_completion=False,

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
 BLOCK_CHANNELS, BLOCK_MAX_ROWS = 256, 1024
 
 

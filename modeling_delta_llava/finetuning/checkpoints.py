@@ -1,6 +1,7 @@
 """Checkpoints that are either finished or not there, and the identity of the run that wrote them."""
 
 import errno
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from ..errors import UserError
 UNFINISHED_FOLDER = "_unfinished"
 SETTINGS_FILE = "_finetuning.yaml"
 TRAINER_STATE_FILE = "trainer_state.json"
+# Without these no library loads a folder.
+ENTRY_FILES = ("config.json", "adapter_config.json")
+WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 # What a run must keep when it is resumed: settings that decide which weights and which data a checkpoint stands for.
 IDENTITY = (
     "model",
@@ -138,6 +142,22 @@ def with_stored_weights(state: dict[str, Tensor], model: nn.Module, folder: Path
         if source in frozen and target in state:
             state[target] = state[source]
     return state
+
+
+def move_result(written: Path, folder: Path) -> None:
+    """Moves a finished result into its folder, in place of an earlier one.
+
+    The configs go first and come last: a process that is killed in between leaves a folder that loads nowhere, never
+    one with files of two results.
+    """
+    for name in ENTRY_FILES:
+        (folder / name).unlink(missing_ok=True)
+    for path in (path for pattern in WEIGHT_FILES for path in folder.glob(pattern)):
+        path.unlink()
+    for path in sorted(written.iterdir(), key=lambda path: path.name in ENTRY_FILES):
+        if (folder / path.name).is_dir():
+            shutil.rmtree(folder / path.name)
+        os.replace(path, folder / path.name)
 
 
 def remove_unfinished(output_dir: Path) -> None:

@@ -21,6 +21,7 @@ from .checkpoints import (
     UNFINISHED_FOLDER,
     check_disk_space,
     is_no_space,
+    move_result,
     one_line,
     remove_unfinished,
     with_stored_weights,
@@ -210,6 +211,22 @@ class DeltaLlavaTrainer(Trainer):
     def _get_output_dir(self, trial) -> str:
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, UNFINISHED_FOLDER) if self._staging else folder
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`; the run's own folder changes only when everything is written."""
+        run_folder = Path(self.args.output_dir)
+        if output_dir is not None and Path(output_dir) != run_folder:
+            super().save_model(output_dir, _internal_call=_internal_call)
+            return
+        written = run_folder / UNFINISHED_FOLDER / "result"
+        super().save_model(str(written), _internal_call=True)
+        self._wait()
+        if self.args.should_save and written.is_dir():  # FSDP with sharded checkpoints has nothing to save for the Hub
+            move_result(written, run_folder)
+            remove_unfinished(run_folder)
+        self._wait()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, model, trial) -> None:
         final_dir = Path(self._get_output_dir(trial))

@@ -1,12 +1,15 @@
 """`delta-llava finetune` as users start it: a whole recipe through a Hub, and every bad input in one line."""
 
+import hashlib
 import json
 import re
 import shutil
 
+import datasets
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file
 
 from modeling_delta_llava import cli
@@ -15,7 +18,7 @@ from modeling_delta_llava.processing_delta_llava import DeltaLlavaProcessor
 from tests import tiny
 from tests.finetuning.conftest import EXACT, write_data
 from tests.finetuning.helpers import python, write_config
-from tests.hub_cards.hub_state import Entry, git_oid
+from tests.hub_cards.hub_state import Entry, git_oid, pointer
 from tests.hub_cards.local_hub import LocalHub
 from tests.training_layout import TrainingLayout, write_base_model, write_tower
 
@@ -48,11 +51,15 @@ SMALL = {
 
 
 def upload(hub, name, folder):
-    """A repository on the local Hub with the files of a folder."""
+    """A repository on the local Hub with the files of a folder; parquet files in LFS."""
     entries = {}
     for file in folder.iterdir():
         data = file.read_bytes()
         entries[file.name] = Entry(git_oid(data), len(data), content=data)
+        if file.suffix == ".parquet":
+            sha256 = hashlib.sha256(data).hexdigest()
+            (hub.objects / sha256).write_bytes(data)
+            entries[file.name] = Entry(git_oid(pointer(sha256, len(data))), len(data), sha256=sha256)
     hub.commit(hub.create_repo(name), "main", entries)
 
 
@@ -101,6 +108,55 @@ def test_both_recipes_from_the_hub_to_the_hub(tmp_path):
     pushed, checkpoint = map(json.loads, answered.stdout.splitlines())
     assert pushed == checkpoint
     check_frozen_files(tmp_path)
+
+
+def test_a_dataset_is_streamed_from_the_hub(workplace, tmp_path):
+    """The same losses as from the file on disk, and nothing of the data set in the cache."""
+    rows = [
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "image"}, {"type": "text", "text": f"What is number {number}?"}],
+                },
+                {"role": "assistant", "content": [{"type": "text", "text": f"A {name} square."}]},
+            ],
+            "images": [Image.new("RGB", (40, 30), name)],
+        }
+        for number, name in enumerate(["red", "green", "blue", "white"] * 4)
+    ]
+    (tmp_path / "pets").mkdir()
+    part = {"type": datasets.Value("string"), "text": datasets.Value("string")}
+    features = {
+        "messages": datasets.List({"role": datasets.Value("string"), "content": datasets.List(part)}),
+        "images": datasets.List(datasets.Image()),
+    }
+    data = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    data.to_parquet(tmp_path / "pets" / "train-00000-of-00001.parquet")
+    losses = {}
+    with LocalHub(tmp_path / "hub") as hub:
+        upload(hub, "datasets/user/pets", tmp_path / "pets")
+        home = tmp_path / "home"
+        for where in ("user/pets", str(tmp_path / "pets" / "train-00000-of-00001.parquet")):
+            settings = settings_of(workplace, data_path=where, output_dir="run", streaming=True, max_steps=4)
+            del settings["image_folder"]
+            folder = tmp_path / str(len(losses))
+            folder.mkdir()
+            write_config(folder / "run.yaml", settings)
+            ran = python(
+                *("-m", "modeling_delta_llava.cli", "finetune", "run.yaml"),
+                cwd=folder,
+                **hub.environment(home),
+                HF_HUB_OFFLINE="0",
+            )
+            assert ran.returncode == 0, ran.stderr
+            state = json.loads((folder / "run" / "trainer_state.json").read_text())
+            losses[where] = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+            assert hub.requests(r"GET /datasets/user/pets/resolve/.*parquet")
+        assert not [file for file in home.rglob("*") if file.suffix in (".parquet", ".arrow")]
+    first, second = losses.values()
+    assert len(first) == 4
+    assert first == second
 
 
 def check_frozen_files(folder):

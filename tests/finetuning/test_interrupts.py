@@ -34,11 +34,13 @@ def test_killed_at_any_moment_the_run_goes_on(settings, tmp_path):
     for killed in result["killed"]:
         assert killed["losses"] == result["whole"]["losses"]
         assert killed["from"] == killed["kept"]
-    kept = [killed["kept"] for killed in result["killed"]]
+    *spread, moved = result["killed"]
+    assert (moved["kept"], moved["loads"]) == ("checkpoint-4", False), "half a result loads nowhere"
+    kept = [killed["kept"] for killed in spread]
     assert kept[0] is None
     assert len(set(kept)) >= 3, "the moments are spread over the run"
     expected = weights(DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path / "whole"))
-    for number in range(MOMENTS):
+    for number in range(MOMENTS + 1):
         for name in ("", "checkpoint-4"):
             found = weights(DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path / f"killed{number}" / name))
             assert all((found[key] == value).all() for key, value in expected.items())

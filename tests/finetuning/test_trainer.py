@@ -236,6 +236,19 @@ def test_evaluation_runs_through_trainer(arguments, data_folder):
     assert evaluated[1] < evaluated[0]
 
 
+def test_an_external_logger_gets_every_figure(arguments, tmp_path, monkeypatch):
+    """`report_to: tensorboard` through Trainer's own integration, read back with TensorBoard's reader."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    trainer = trained(arguments(report_to="tensorboard", projector_learning_rate=1e-3))
+    logged = EventAccumulator(str(tmp_path / "logs")).Reload()
+    for name in ("loss", "padding_share", "projector_learning_rate"):
+        expected = [entry[name] for entry in trainer.state.log_history if name in entry]
+        assert len(expected) == 4
+        assert [event.value for event in logged.Scalars(f"train/{name}")] == pytest.approx(expected, rel=1e-6)
+
+
 def test_compiled_training_computes_the_same(arguments, tmp_path):
     plain = trained(arguments(max_steps=1, output_dir=str(tmp_path / "a")))
     compiled = trained(arguments(max_steps=1, torch_compile_backend="eager", output_dir=str(tmp_path / "b")))

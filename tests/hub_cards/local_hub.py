@@ -1,7 +1,8 @@
 """A Hub on loopback: the HTTP API that the real `huggingface_hub` client speaks, with faults on demand.
 
 `LocalHub` serves model repositories out of a folder: repositories, preupload, LFS batch with single and multipart
-uploads, commits, trees, model info, downloads with ranges and redirects, tags, branches, pull requests, collections.
+uploads, commits, trees, model info, downloads with ranges and redirects, tags, branches, pull requests, collections;
+and data sets for reading.
 Nothing of the client is replaced; a test starts the server, hands `hub.environment(...)` to a fresh process and looks
 at `hub.repos` and `hub.log` afterwards. LFS objects lie on disk, everything else in memory.
 """
@@ -30,6 +31,8 @@ from tests.hub_cards.hub_state import Commit, Entry, Fault, Repo, Request, git_o
 LFS_SUFFIXES = (".safetensors", ".bin", ".model", ".pt", ".pth", ".npz", ".zip", ".gz")
 LFS_SIZE = 10 * 2**20
 BLOCK = 2**20
+# A model repository in a route of the API, or a dataset repository, whose id keeps its prefix: "datasets/user/name".
+REPO = r"(?:models/|(?=datasets/))((?:datasets/)?[^/]+/[^/]+)"
 # A part of https://huggingface.co/docs/hub/repositories-licenses, enough for what the tests publish.
 LICENCES = ("apache-2.0", "mit", "llama2", "cc-by-4.0", "cc-by-nc-4.0", "other", "unknown")
 
@@ -340,15 +343,15 @@ class Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/models/([^/]+/[^/]+)/branch/([^/]+)", "branch"),
         ("GET", r"/api/models/([^/]+/[^/]+)/refs", "refs"),
         ("GET", r"/api/models/([^/]+/[^/]+)/discussions", "discussions"),
-        ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)/?(.*)", "tree"),
-        ("POST", r"/api/models/([^/]+/[^/]+)/paths-info/([^/]+)", "paths_info"),
+        ("GET", rf"/api/{REPO}/tree/([^/]+)/?(.*)", "tree"),
+        ("POST", rf"/api/{REPO}/paths-info/([^/]+)", "paths_info"),
         ("GET", r"/api/models/([^/]+/[^/]+)/commits/([^/]+)", "commits"),
-        ("GET", r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", "info"),
+        ("GET", rf"/api/{REPO}(?:/revision/([^/]+))?", "info"),
         ("POST", r"/api/collections", "create_collection"),
         ("GET", r"/api/collections", "list_collections"),
         ("POST", r"/api/collections/([^/]+/[^/]+)/items", "add_item"),
         ("GET", r"/api/collections/([^/]+/[^/]+)", "get_collection"),
-        ("GET|HEAD", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
+        ("GET|HEAD", r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
     )
 
     def dispatch(self) -> None:
