@@ -186,12 +186,15 @@ class JsonLines:
                     raise UserError(f"{self.path}: line {number} is no JSON ({error.msg}); repair that line") from None
 
 
-def check_rows(rows: RowSource, on_bad_row: str = "stop") -> tuple[RowSource | SelectedRows, list[str]]:
+def check_rows(
+    rows: RowSource, on_bad_row: str = "stop", encoder: ConversationEncoder | None = None
+) -> tuple[RowSource | SelectedRows, list[str]]:
     """Parses every row once, before the first step.
 
     Args:
         rows: the rows.
         on_bad_row: "stop" raises at the first bad row, "skip" leaves bad rows out.
+        encoder: also has its chat template render what is new in roles and parts.
     Returns:
         The rows to train on, and one message for each row left out.
     Raises:
@@ -201,7 +204,9 @@ def check_rows(rows: RowSource, on_bad_row: str = "stop") -> tuple[RowSource | S
     messages: list[str] = []
     for index in range(len(rows)):
         try:
-            rows.sample(index)
+            sample = rows.sample(index)
+            if encoder is not None:
+                encoder.check(sample.messages)
         except RowError as error:
             message = f"{rows.where(index)}: {error}"
             if on_bad_row == "stop":
@@ -269,7 +274,10 @@ class ConversationDataset(Dataset):
                     f"{where()}: image {error}; repair it, or pass --on_broken_image skip to leave such rows out"
                 ) from None
             return SkippedExample(f"{where()}: image {error}")
-        text = self.encoder.encode(sample.messages)
+        try:
+            text = self.encoder.encode(sample.messages)
+        except RowError as error:
+            raise UserError(f"{where()}: {error}; repair the row or the template") from None
         if not text.has_labels:
             return SkippedExample(f"{where()}: nothing to learn, every label is masked")
         return TrainingExample(text=text, images=images, num_visual_tokens=num_visual_tokens)
@@ -349,6 +357,7 @@ class StreamedDataset(IterableDataset):
 
             try:
                 sample = parse_row(row)
+                self.dataset.encoder.check(sample.messages)
             except RowError as error:
                 if self.on_bad_row == "stop":
                     raise UserError(f"{where()}: {error}; repair the row, or pass --on_bad_row skip") from None

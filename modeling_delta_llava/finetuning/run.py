@@ -126,7 +126,7 @@ def open_dataset(arguments: RunArguments, encoder: ConversationEncoder, evaluati
     streaming = data.streaming and not evaluation
     rows = load_rows(path, data.eval_split if evaluation else data.split, streaming=streaming)
     if not streaming:
-        rows, bad = check_rows(rows, data.on_bad_row)
+        rows, bad = check_rows(rows, data.on_bad_row, encoder)
         for message in bad:
             logger.warning("left out: %s", message)
         if data.look_for_images and training.process_index == 0:

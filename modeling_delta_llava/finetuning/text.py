@@ -4,8 +4,12 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from ..building import read_chat_template
 from ..errors import UserError
+from .checkpoints import one_line
+from .rows import RowError
 
 IGNORED_LABEL = -100
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -27,17 +31,11 @@ class EncodedText:
 
 
 @dataclass(frozen=True)
-class ExpandedText:
+class ExpandedText(EncodedText):
     """Token ids with V image tokens per picture, their labels, and how many of the pictures are left after cutting."""
 
-    input_ids: list[int]
-    labels: list[int]
     num_images: int
     was_cut: bool
-
-    @property
-    def has_labels(self) -> bool:
-        return any(label != IGNORED_LABEL for label in self.labels)
 
 
 def chat_template_of(processor: Any, format: str) -> str | None:  # noqa: A002 - the setting's name
@@ -66,28 +64,47 @@ class ConversationEncoder:
                 "the tokenizer has no pad token; set one (Llama: '<unk>') with `tokenizer.pad_token` and save it again"
             )
         if not self.template:
-            raise UserError("the processor has no chat template; add chat_template.jinja to its folder")
+            raise UserError(
+                "the processor has no chat template; add chat_template.jinja to its folder, or pass --format v1"
+            )
         if not _GENERATION_MARK.search(self.template):
             raise UserError(
-                "the chat template has no {% generation %} marks, so answers cannot be told from questions; "
-                "put {% generation %} ... {% endgeneration %} around the assistant's text in chat_template.jinja"
+                "the chat template has no {% generation %} marks, so answers cannot be told from questions; pass "
+                "--format v1 to train on Vicuna's, or put {% generation %} ... {% endgeneration %} around the "
+                "assistant's text in the chat template of a local copy of the model"
             )
+        self._accepted: set[tuple] = set()
+
+    def check(self, messages: list[dict[str, Any]]) -> None:
+        """Renders a conversation, without tokenising it, unless one of the same roles and parts was rendered before.
+
+        Raises:
+            RowError: the template refuses it, as some refuse system turns.
+        """
+        shape = tuple((message["role"], *(part["type"] for part in message["content"])) for message in messages)
+        if shape not in self._accepted:
+            self._apply_template(messages, tokenize=False)
+            self._accepted.add(shape)
 
     def encode(self, messages: list[dict[str, Any]]) -> EncodedText:
-        """Ids and labels of one conversation; labels are kept where the template marks the assistant's text."""
-        encoded = self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.template,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
+        """Ids and labels of one conversation; labels are kept where the template marks the assistant's text.
+
+        Raises:
+            RowError: the template refuses it.
+        """
+        encoded = self._apply_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         input_ids = list(encoded["input_ids"])
         labels = [
             token if spoken and token != self.image_token_id else IGNORED_LABEL
             for token, spoken in zip(input_ids, encoded["assistant_masks"], strict=True)
         ]
         return EncodedText(input_ids=input_ids, labels=labels)
+
+    def _apply_template(self, messages: list[dict[str, Any]], **options: Any) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(messages, chat_template=self.template, **options)
+        except (TemplateError, TypeError) as error:  # TypeError: a template that takes every content for a text
+            raise RowError(f"the chat template cannot show this conversation ({one_line(error)})") from None
 
 
 def expand(text: EncodedText, image_token_id: int, num_visual_tokens: int, max_length: int) -> ExpandedText:
