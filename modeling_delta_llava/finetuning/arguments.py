@@ -262,7 +262,7 @@ def build_arguments(settings: dict[str, Any], where: str = "the settings") -> Ru
     for key, value in settings.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else "see `delta-llava finetune --help`"
+            hint = f"did you mean {' or '.join(near)}?" if near else "see `delta-llava finetune --list-settings`"
             raise UserError(f"{where}: unknown setting {key!r}; {hint}")
         group = known[key]
         try:
