@@ -8,13 +8,16 @@ not depend on them. Reported are
 * time to first token, and how its ratio to LLaVA's compares with the ratio of their FLOPs;
 * decoding: tokens per second, also as a share of the bandwidth limit (bytes of weights that a step reads over the
   measured copy bandwidth), and generated tokens per second of a whole answer (the curve of the paper's Section 6.5);
-* peak memory;
+* peak memory of an answer; on a CPU that of the process, which holds both models;
 * on a CUDA device, or with --compile: decoding with a static cache and torch.compile against eager decoding.
+
+Within a round LLaVA and every budget take turns; ratios are medians over rounds of the ratio within a round.
 """
 
 import argparse
 import gc
 import statistics
+from functools import partial
 
 import torch
 from common import (
@@ -34,7 +37,7 @@ from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from modeling_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
-from modeling_delta_llava.evaluation.backbones import LANGUAGE_MODELS, VISION_TOWERS, known_config
+from modeling_delta_llava.evaluation.backbones import LANGUAGE_MODELS, VISION_TOWERS
 from modeling_delta_llava.evaluation.counts import TextGeometry, closed_form, tower_flops
 
 GEOMETRIES = {
@@ -46,12 +49,11 @@ GEOMETRIES = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def geometry(name: str) -> DeltaLlavaConfig:
-    if name == "7b":
-        return known_config("lmsys/vicuna-7b-v1.5")
-    if name == "13b":
-        return known_config("lmsys/vicuna-13b-v1.5")
-    text = {"model_type": "llama", "vocab_size": 32001, "num_key_value_heads": 16, **GEOMETRIES[name]}
+def geometry(name: str, layers: int | None = None) -> DeltaLlavaConfig:
+    """Released tower and projector with a language model, of which `layers` decoder layers are kept."""
+    text = {"num_key_value_heads": 16, **GEOMETRIES[name], "model_type": "llama", "vocab_size": 32001}
+    if layers is not None:
+        text["num_hidden_layers"] = layers
     tower = VISION_TOWERS["openai/clip-vit-large-patch14-336"]
     return DeltaLlavaConfig(vision_config=dict(tower), text_config=text, image_token_id=32000)
 
@@ -115,14 +117,26 @@ def generate(model: nn.Module, inputs: dict, new_tokens: int, **kwargs):
     )
 
 
-def decode_rate(total: list[float], first: list[float], new_tokens: int) -> float:
-    return (new_tokens - 1) / (statistics.median(total) - statistics.median(first))
+def decode_rate(answer: list[float], first: list[float], new_tokens: int) -> float:
+    """Tokens per second after the first: the median over rounds."""
+    return (new_tokens - 1) / statistics.median(whole - begin for whole, begin in zip(answer, first, strict=True))
+
+
+def report(times: dict[str, list[float]], name: str, new_tokens: int) -> dict[str, object]:
+    """What LLaVA and every budget are described by."""
+    first, answer = times[f"first {name}"], times[f"answer {name}"]
+    return {
+        "encoding_ms": median_ms(times[f"encoding {name}"]),
+        "time_to_first_token_ms": median_ms(first),
+        "decode_tokens_per_s": round(decode_rate(answer, first, new_tokens), 2),
+        "answer_tokens_per_s": round(new_tokens / statistics.median(answer), 2),
+    }
 
 
 @torch.no_grad()
 def run(arguments, device: torch.device) -> dict:
     dtype = DTYPES[arguments.dtype]
-    config = geometry(arguments.geometry)
+    config = geometry(arguments.geometry, arguments.layers)
     model, native = build(config, device, dtype)
     size = config.vision_config.image_size
     pixels = torch.randn(1, 3, size, size, device=device).to(dtype)
@@ -135,73 +149,53 @@ def run(arguments, device: torch.device) -> dict:
         + mlp_flops
         + text.prefill_flops(text_tokens + full)
     )
-    native_inputs = prompt(config, full, text_tokens, pixels)
     head_and_layers = [model.model.language_model.layers, model.model.language_model.norm, model.lm_head]
     weight_bytes = sum(weight.nbytes for module in head_and_layers for weight in module.parameters())
     bandwidth = copy_bandwidth(device)
-    rows = []
-    for budget in arguments.budgets or config.legal_num_visual_tokens:
-        inputs = prompt(config, budget, text_tokens, pixels)
-        inputs["num_visual_tokens"] = torch.full((1,), budget, device=device)
+
+    budgets = arguments.budgets or config.legal_num_visual_tokens
+    models, prompts = {"llava": native}, {"llava": prompt(config, full, text_tokens, pixels)}
+    encoders = {
+        "llava": lambda: native.get_image_features(
+            pixels, vision_feature_layer=-2, vision_feature_select_strategy="default"
+        )
+    }
+    for budget in budgets:
         counts = torch.tensor([budget])
-        encoding = measure(
-            {
-                "ours": lambda counts=counts: model.get_image_features(pixels, num_visual_tokens=counts),
-                "llava": lambda: native.get_image_features(
-                    pixels, vision_feature_layer=-2, vision_feature_select_strategy="default"
-                ),
-            },
-            device,
-            arguments.repeats,
-        )
-        first = measure(
-            {
-                "ours": lambda inputs=inputs: generate(model, inputs, 1),
-                "llava": lambda: generate(native, native_inputs, 1),
-            },
-            device,
-            arguments.repeats,
-            warmup=1,
-        )
-        reset_peak_memory(device)
-        answer = measure(
-            {"ours": lambda inputs=inputs: generate(model, inputs, new_tokens)},
-            device,
-            max(2, arguments.repeats // 2),
-            warmup=1,
-        )["ours"]
-        memory = peak_memory(device)
-        ours = closed_form(config, budget, text_tokens, 1, fused=True)
-        first_ratio = ratio(first["llava"], first["ours"])
-        tokens_per_second = decode_rate(answer, first["ours"], new_tokens)
-        row = {
-            "num_visual_tokens": budget,
-            "encoding_ms": {name: median_ms(times) for name, times in encoding.items()},
-            "encoding_llava_over_ours": ratio(encoding["llava"], encoding["ours"]),
-            "time_to_first_token_ms": {name: median_ms(times) for name, times in first.items()},
+        models[str(budget)] = model
+        prompts[str(budget)] = {**prompt(config, budget, text_tokens, pixels), "num_visual_tokens": counts.to(device)}
+        encoders[str(budget)] = lambda counts=counts: model.get_image_features(pixels, num_visual_tokens=counts)
+    functions = {f"encoding {name}": encode for name, encode in encoders.items()}
+    for name, inputs in prompts.items():
+        answer = partial(generate, models[name], inputs)
+        functions |= {f"first {name}": partial(answer, 1), f"answer {name}": partial(answer, new_tokens)}
+    times = measure(functions, device, arguments.repeats, warmup=1)
+
+    llava = report(times, "llava", new_tokens)
+    rows = []
+    for budget in budgets:
+        name = str(budget)
+        row = {"num_visual_tokens": budget, **report(times, name, new_tokens)}
+        first_ratio = ratio(times["first llava"], times[f"first {name}"])
+        flops_ratio = native_flops / closed_form(config, budget, text_tokens, 1, fused=True).total
+        row |= {
+            "encoding_llava_over_ours": ratio(times["encoding llava"], times[f"encoding {name}"]),
             "time_to_first_token_llava_over_ours": first_ratio,
-            "flops_llava_over_ours": round(native_flops / ours.total, 3),
-            "time_ratio_over_flops_ratio": round(first_ratio / (native_flops / ours.total), 3),
-            "decode_tokens_per_s": round(tokens_per_second, 2),
-            "decode_share_of_bandwidth_limit": round(tokens_per_second * weight_bytes / bandwidth, 3),
-            "answer_tokens_per_s": round(new_tokens / statistics.median(answer), 2),
-            "peak_memory_mib": memory,
+            "flops_llava_over_ours": round(flops_ratio, 3),
+            "time_ratio_over_flops_ratio": round(first_ratio / flops_ratio, 3),
+            "answer_llava_over_ours": ratio(times["answer llava"], times[f"answer {name}"]),
+            "decode_share_of_bandwidth_limit": round(row["decode_tokens_per_s"] * weight_bytes / bandwidth, 3),
         }
         if arguments.compile:
-            row["compiled_decode_tokens_per_s"] = compiled_rate(model, inputs, new_tokens, device, arguments.repeats)
+            row["compiled_decode_tokens_per_s"] = compiled_rate(
+                model, prompts[name], new_tokens, device, arguments.repeats
+            )
         rows.append(row)
+    for name, row in [("llava", llava), *((str(row["num_visual_tokens"]), row) for row in rows)]:
         gc.collect()
-    reset_peak_memory(device)
-    answer = measure(
-        {"llava": lambda: generate(native, native_inputs, new_tokens)},
-        device,
-        max(2, arguments.repeats // 2),
-        warmup=1,
-    )["llava"]
-    llava = {
-        "answer_tokens_per_s": round(new_tokens / statistics.median(answer), 2),
-        "peak_memory_mib": peak_memory(device),
-    }
+        reset_peak_memory(device)
+        functions[f"answer {name}"]()
+        row["peak_memory_mib"] = peak_memory(device)
     return {
         "copy_bandwidth_gb_per_s": round(bandwidth / 1e9, 1),
         "weight_gb_read_per_step": round(weight_bytes / 1e9, 3),
@@ -213,14 +207,15 @@ def run(arguments, device: torch.device) -> dict:
 def compiled_rate(model: nn.Module, inputs: dict, new_tokens: int, device: torch.device, repeats: int) -> float:
     """Tokens per second of decoding with a static cache, which lets `generate` compile the decoding step."""
     static = {"cache_implementation": "static"}
-    first = measure({"": lambda: generate(model, inputs, 1, **static)}, device, repeats, warmup=1)[""]
-    answer = measure({"": lambda: generate(model, inputs, new_tokens, **static)}, device, repeats, warmup=2)[""]
-    return round(decode_rate(answer, first, new_tokens), 2)
+    answer = partial(generate, model, inputs, **static)
+    times = measure({"first": partial(answer, 1), "answer": partial(answer, new_tokens)}, device, repeats, warmup=2)
+    return round(decode_rate(times["answer"], times["first"], new_tokens), 2)
 
 
 def main():
     arguments_parser = parser(__doc__, "end_to_end")
     arguments_parser.add_argument("--geometry", choices=GEOMETRIES, default="small", help="language model")
+    arguments_parser.add_argument("--layers", type=int, default=None, help="decoder layers to keep [all]")
     arguments_parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     arguments_parser.add_argument("--budgets", nargs="+", type=int, default=None, help="[every legal one]")
     arguments_parser.add_argument("--text-tokens", type=int, default=68)
@@ -233,26 +228,25 @@ def main():
     )
     arguments = arguments_parser.parse_args()
     arguments.name = f"{arguments.name}-{arguments.geometry}"
+    if arguments.new_tokens < 2:
+        arguments_parser.error("--new-tokens: at least 2, or there is no decoding to measure")
     device = start(arguments)
     about = machine(device)
     results = run(arguments, device)
     write_result(arguments, device, about, results)
-    print_table(
-        ["V", "encode ms", "LLaVA ms", "x", "first token ms", "LLaVA ms", "x", "x FLOPs", "decode tok/s", "MiB"],
-        [
-            [
-                row["num_visual_tokens"],
-                *row["encoding_ms"].values(),
-                row["encoding_llava_over_ours"],
-                *row["time_to_first_token_ms"].values(),
-                row["time_to_first_token_llava_over_ours"],
-                row["flops_llava_over_ours"],
-                row["decode_tokens_per_s"],
-                row["peak_memory_mib"],
-            ]
-            for row in results["rows"]
-        ],
-    )
+    rows = [{"num_visual_tokens": "LLaVA 576", **results["llava_576"]}, *results["rows"]]
+    columns = {
+        "V": "num_visual_tokens",
+        "encode ms": "encoding_ms",
+        "x": "encoding_llava_over_ours",
+        "first token ms": "time_to_first_token_ms",
+        "x first": "time_to_first_token_llava_over_ours",
+        "x FLOPs": "flops_llava_over_ours",
+        "decode tok/s": "decode_tokens_per_s",
+        "answer tok/s": "answer_tokens_per_s",
+        "MiB": "peak_memory_mib",
+    }
+    print_table(list(columns), [[row.get(name, "") for name in columns.values()] for row in rows])
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def count_nonfinite(data: memoryview | np.ndarray, dtype: str) -> int:
 class TensorStream:
     """Reads output tensors chunk by chunk; keeps source files open until closed.
 
-    Chunks are views of one buffer: a chunk is valid until the next one is asked for.
+    Chunks are views of two buffers in turn: while one is written, the next can be made on another thread.
 
     Args:
         scan: test every chunk for NaN and infinity, before and after a change of dtype.
@@ -151,7 +151,7 @@ class TensorStream:
         self.scan = scan
         self.nonfinite: dict[str, int] = {}
         self._descriptors: dict[Path, int] = {}
-        self._buffer = np.empty(BUFFER_BYTES, np.uint8)
+        self._buffers = [np.empty(BUFFER_BYTES, np.uint8) for _ in range(2)]
 
     def __enter__(self) -> "TensorStream":
         return self
@@ -204,19 +204,26 @@ class TensorStream:
             yield whole[piece.start * size : (piece.start + piece.count) * size]
 
     def _read(self, stored: StoredTensor, begin: int, nbytes: int) -> Iterator[memoryview]:
-        buffer = memoryview(self._buffer)
         position, end = stored.offset + begin, stored.offset + begin + nbytes
         while position < end:
-            chunk = buffer[: min(BUFFER_BYTES, end - position)]
+            self._buffers.reverse()
+            chunk = memoryview(self._buffers[0])[: min(BUFFER_BYTES, end - position)]
             self.read_into(stored.file, position, chunk)
             yield chunk
             position += len(chunk)
 
     def read_into(self, path: Path, position: int, target: memoryview) -> None:
-        """Fills `target` from a source file."""
+        """Fills `target` from a source file.
+
+        Raises:
+            UserError: the file cannot be read, or has become shorter.
+        """
         descriptor = self.descriptor(path)
         while target:
-            count = os.preadv(descriptor, [target], position)
+            try:
+                count = os.preadv(descriptor, [target], position)
+            except OSError as error:
+                raise UserError(f"{path} cannot be read ({error.strerror}): check its disk and run again") from error
             if count == 0:
                 raise UserError(f"{path} became shorter while it was read: leave the source alone and run again")
             target = target[count:]
@@ -265,18 +272,28 @@ class TensorStream:
         total = torch.zeros(piece.columns, dtype=torch.float64)
         count = 0
         for source in piece.of:
-            dtype = getattr(torch, DTYPES[source.dtype][1])
-            row_bytes = piece.columns * item_size(source.dtype)
-            rest = b""
-            for values in self._piece(source):
-                data = bytearray(rest + bytes(values))
-                used = len(data) // row_bytes * row_bytes
-                rest = bytes(data[used:])
-                if used:
-                    rows = torch.frombuffer(data, dtype=dtype, count=used // item_size(source.dtype))
-                    total += rows.view(-1, piece.columns).double().sum(0)
-                    count += used // row_bytes
+            for rows in self._rows(source, piece.columns):
+                total += rows.sum(0, dtype=torch.float64)
+                count += len(rows)
         return torch_bytes((total / count).float())
+
+    def _rows(self, source: "Span | LowRankUpdate", columns: int) -> Iterator:
+        """Whole rows of a matrix as `(rows, columns)` tensors; the buffers of `_read` stay as they are."""
+        import torch
+
+        dtype = getattr(torch, DTYPES[source.dtype][1])
+        if isinstance(source, LowRankUpdate):
+            for values in self._merged(source):
+                yield torch.frombuffer(values, dtype=dtype).view(-1, columns)
+        elif not source.stored.is_contiguous:
+            yield self.load(source.stored).reshape(-1)[source.start : source.start + source.count].view(-1, columns)
+        else:
+            size = item_size(source.dtype)
+            step = max(1, BUFFER_BYTES // (columns * size)) * columns
+            for start in range(source.start, source.start + source.count, step):
+                values = torch.empty(min(step, source.start + source.count - start), dtype=dtype)
+                self.read_into(source.stored.file, source.stored.offset + start * size, torch_bytes(values))
+                yield values.view(-1, columns)
 
 
 def torch_bytes(tensor) -> memoryview:

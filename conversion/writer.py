@@ -6,7 +6,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from modeling_delta_llava.conversion.safetensors_files import header_bytes
@@ -17,6 +17,8 @@ from modeling_delta_llava.errors import UserError
 # How far ahead of writing sources are read into the page cache, and how much one request asks for.
 READ_AHEAD_BYTES = 512 << 20
 READ_AHEAD_STEP = 8 << 20
+# Written bytes after which a file is sent to disk.
+FLUSH_BYTES = 256 << 20
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
@@ -76,25 +78,23 @@ def write_shards(
 
     Raises:
         UserError: a value is not finite.
+        ValueError: a tensor's pieces do not make up its shape, or two tensors have one name.
     """
+    if len({tensor.name for tensor in tensors}) < len(tensors):
+        raise ValueError("two tensors to write have the same name")
     shards = plan_shards(tensors, max_shard_bytes)
     names = shard_names(len(shards))
-    with ThreadPoolExecutor(1) as flusher, read_ahead([t for shard in shards for t in shard], stream) as reach:
-        flushed = []
+    with Flusher() as flusher, read_ahead([t for shard in shards for t in shard], stream) as reach:
         for name, shard in zip(names, shards, strict=True):
-            with open(folder / name, "wb", buffering=0) as file:
+            path = folder / name
+            with open(path, "wb", buffering=0) as file:
                 _write_all(file.fileno(), memoryview(header_bytes({t.name: (t.dtype, t.shape) for t in shard})))
-                for tensor in shard:
-                    reach(tensor)
-                    for chunk in stream.chunks(tensor):
-                        _write_all(file.fileno(), chunk)
-                        advance(len(chunk))
-                    if stream.nonfinite and not allow_nonfinite:
-                        raise UserError(nonfinite_message(stream.nonfinite, tensor))
-            # Flushing one shard to disk goes on while the next one is copied.
-            flushed.append(flusher.submit(flush, folder / name))
-        for result in flushed:
-            result.result()
+                for chunk in made_ahead(_chunks(shard, stream, reach, allow_nonfinite)):
+                    _write_all(file.fileno(), chunk)
+                    flusher.wrote(path, len(chunk))
+                    advance(len(chunk))
+            flusher.submit(path)
+        flusher.wait()
     if len(shards) > 1:
         index = {
             "metadata": {
@@ -108,6 +108,67 @@ def write_shards(
         flush(path)
         return [*(folder / name for name in names), path]
     return [folder / names[0]]
+
+
+def _chunks(
+    shard: Sequence[OutputTensor],
+    stream: TensorStream,
+    reach: Callable[[OutputTensor], None],
+    allow_nonfinite: bool,
+) -> Iterator[memoryview]:
+    """The bytes of a shard's tensors; [`write_shards`] says what is raised."""
+    for tensor in shard:
+        reach(tensor)
+        written = 0
+        for chunk in stream.chunks(tensor):
+            written += len(chunk)
+            yield chunk
+        if stream.nonfinite and not allow_nonfinite:
+            raise UserError(nonfinite_message(stream.nonfinite, tensor))
+        if written != tensor.nbytes:
+            raise ValueError(f"the pieces of {tensor.name} have {written} bytes, its shape {tensor.nbytes}")
+
+
+def made_ahead(chunks: Iterator[memoryview]) -> Iterator[memoryview]:
+    """The same chunks, each made on a thread while the one before it is in use."""
+    with ThreadPoolExecutor(1) as maker:
+        following = maker.submit(next, chunks, None)
+        while (chunk := following.result()) is not None:
+            following = maker.submit(next, chunks, None)
+            yield chunk
+
+
+class Flusher:
+    """Sends files to disk on a thread while they are written, so that little is left to wait for at the end."""
+
+    def __init__(self):
+        self._thread = ThreadPoolExecutor(1)
+        self._running: deque[Future] = deque()
+        self._bytes = 0
+
+    def __enter__(self) -> "Flusher":
+        return self
+
+    def __exit__(self, *_error) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def wrote(self, path: Path, count: int) -> None:
+        """To be called when `count` bytes more were written to a file; waits when the disk lags far behind."""
+        self._bytes += count
+        if self._bytes >= FLUSH_BYTES:
+            self.submit(path)
+            while len(self._running) > 2:
+                self._running.popleft().result()
+
+    def submit(self, path: Path) -> None:
+        """Has a file sent to disk as it is now."""
+        self._running.append(self._thread.submit(flush, path))
+        self._bytes = 0
+
+    def wait(self) -> None:
+        """Returns when everything submitted is on disk."""
+        while self._running:
+            self._running.popleft().result()
 
 
 @contextlib.contextmanager

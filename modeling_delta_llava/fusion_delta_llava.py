@@ -37,8 +37,18 @@ def linear(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 
 def weight_versions(projector: nn.Module) -> tuple:
-    """Identity and version of every weight: different after any change that PyTorch counts."""
-    return tuple((id(weight), 0 if weight.is_inference() else weight._version) for weight in projector.parameters())
+    """Identity, place, dtype and version of every weight: different after any change that PyTorch counts."""
+    return tuple(
+        (id(weight), weight.device, weight.dtype, 0 if weight.is_inference() else weight._version)
+        for weight in projector.parameters()
+    )
+
+
+def fold_dtype(weight: torch.Tensor) -> torch.dtype:
+    """What folded weights are kept and used in: fp32 on CPUs that emulate products in half precision, far slower."""
+    half = weight.dtype in (torch.bfloat16, torch.float16)
+    emulated = weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return torch.float32 if half and emulated else weight.dtype
 
 
 def check_fusible(projector: nn.Module):
@@ -59,7 +69,7 @@ def check_fusible(projector: nn.Module):
 
 
 class FusedDeltaProjector(nn.Module):
-    """What [`DeltaLlavaProjector`] computes up to the activation of its MLP, from folded copies of its weights.
+    """What [`DeltaLlavaProjector`] computes, from folded copies of its weights.
 
     * The low-rank updates are added to their base weights; keys and values share one product over the memory stream.
     * The affine part of a LayerNorm is folded into the linear map behind it, the value bias (whose attention weights
@@ -70,7 +80,8 @@ class FusedDeltaProjector(nn.Module):
       projection joins them. The transformer block's last linear maps join the query's base weight.
     * Bilinear resizing by a whole factor is the mean of the patches at the centre of a window.
 
-    All folded tensors are non-persistent buffers: they follow the module's device and never enter a state dict.
+    `linear_2` is used as it is, or from a copy where folded weights have another dtype (see [`fold_dtype`]). All
+    folded tensors are non-persistent buffers: they never enter a state dict.
 
     Args:
         projector: the projector, whose weights are read and not changed. Folding is done in fp64.
@@ -80,12 +91,16 @@ class FusedDeltaProjector(nn.Module):
         super().__init__()
         check_fusible(projector)
         weights = {name: weight.detach().to("cpu", torch.float64) for name, weight in projector.named_parameters()}
-        self.device, self.dtype = projector.linear_1.weight.device, projector.linear_1.weight.dtype
+        self.device, self.dtype = projector.linear_1.weight.device, fold_dtype(projector.linear_1.weight)
         self.versions = weight_versions(projector)
         self.grid_size = projector.source_grid_size
         self.num_heads = projector.cross_attention.num_heads
         self.channels = projector.linear_1.in_features
         self.eps = projector.query_projection.norm.eps
+        self.copies_last_linear = self.dtype != projector.linear_2.weight.dtype
+        if self.copies_last_linear:
+            self._fold("last_weight", weights["linear_2.weight"])
+            self._fold("last_bias", weights["linear_2.bias"])
         query_weight = self._delta_weight(weights, "query_projection")
         constant = self._fold_block(projector.query_block, weights, query_weight)
         self._fold_attention(weights)
@@ -208,8 +223,18 @@ class FusedDeltaProjector(nn.Module):
         queries = linear(queries, self.query_head_weight, self.query_head_bias).view(-1, *self.key_weight.shape[:2])
         return torch.bmm(queries.transpose(0, 1), self.key_weight).transpose(0, 1)
 
-    def forward(self, query_features: torch.Tensor, memory_features: torch.Tensor, scale: int) -> torch.Tensor:
-        """Arguments as [`DeltaLlavaProjector.forward`]; returns the output of `linear_1`, `(B, V, D)`."""
+    def forward(
+        self, query_features: torch.Tensor, memory_features: torch.Tensor, scale: int, last_linear: nn.Linear
+    ) -> torch.Tensor:
+        """Visual tokens `(B, V, D)`; arguments as [`DeltaLlavaProjector.forward`], and its `linear_2`."""
+        hidden = self._hidden(query_features.to(self.dtype), memory_features.to(self.dtype), scale)
+        last = (
+            (self.last_weight, self.last_bias) if self.copies_last_linear else (last_linear.weight, last_linear.bias)
+        )
+        return linear(F.gelu(hidden), *last).to(query_features.dtype)
+
+    def _hidden(self, query_features: torch.Tensor, memory_features: torch.Tensor, scale: int) -> torch.Tensor:
+        """The output of `linear_1`, `(B, V, D)`."""
         batch_size, C, side = memory_features.shape[0], self.channels, self.grid_size // scale
         if scale == 1:
             values = F.gelu(linear(memory_features, self.memory_weight[C:]))

@@ -81,8 +81,9 @@ class DeltaLlavaPreTrainedModel(HubCardMixin, PreTrainedModel):
         of a folded copy in memory.
 
         The plain weights stay: saving writes them, and the plain projector computes whenever gradients are enabled.
-        `train()`, and any change to a weight that PyTorch counts, drop the folded copy. Changes through `.data` (as
-        when an adapter is merged) are not counted: call `fuse_projector` again after them, and after loading.
+        `train()`, a move to another device or dtype, and any change to a weight that PyTorch counts, drop the folded
+        copy. Changes through `.data` (as when an adapter is merged) are not counted, nor are changes in place once the
+        model is compiled: call `fuse_projector` again after them, and after loading.
 
         Raises:
             ValueError: if the projector is quantised, offloaded, spread over devices or wrapped by a PEFT adapter.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_delta_llava import DeltaLlavaConfig
-from .fusion_delta_llava import FusedDeltaProjector, linear, weight_versions
+from .fusion_delta_llava import FusedDeltaProjector, weight_versions
 
 
 class UniformLinear(nn.Linear):
@@ -237,6 +237,10 @@ class DeltaLlavaProjector(nn.Module):
             self.unfuse()
         return super().train(mode)
 
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.unfuse()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _fused_is_current(self) -> bool:
         """Whether folded weights can stand for the plain ones: no gradient is wanted and no weight has changed."""
         if self.fused is None or torch.is_grad_enabled():
@@ -291,8 +295,7 @@ class DeltaLlavaProjector(nn.Module):
 
     def _project(self, query_features: torch.Tensor, memory_features: torch.Tensor, scale: int) -> torch.Tensor:
         if self._fused_is_current():
-            hidden = F.gelu(self.fused(query_features, memory_features, scale))
-            visual_tokens = linear(hidden, self.linear_2.weight, self.linear_2.bias)
+            visual_tokens = self.fused(query_features, memory_features, scale, self.linear_2)
         else:
             values = self.value_projection(memory_features)
             if scale == 1 and not self.training:

@@ -146,7 +146,8 @@ def _query_flops(config: DeltaLlavaConfig, num_visual_tokens: int, fused: bool) 
     """The transformer block (EMHSA, MHCA, MLP) and the query's DeltaProjection."""
     V, C, rank = num_visual_tokens, config.projector_hidden_size, config.delta_rank
     query_width = config.vision_config.hidden_size
-    projection = 2 * V * (C**2 + (0 if fused else 2 * rank * C))
+    width = C if config.use_transformer_block else query_width
+    projection = 2 * V * (width * C + (0 if fused else rank * (width + C)))
     if not config.use_transformer_block:
         return projection
     A, hidden = config.block_attention_size, config.block_mlp_ratio * C
@@ -207,7 +208,7 @@ def paper_convention(
     d, sequence = text.hidden_size, text_tokens + num_visual_tokens
     per_token = 8 * d**2 + 4 * d * text.intermediate_size
     if num_visual_tokens == config.num_patches:
-        projector = 2 * num_visual_tokens * (config.projector_hidden_size * d + d**2)
+        projector = 2 * num_visual_tokens * (config.vision_config.hidden_size * d + d**2)
     else:
         projector = projector_flops(config, num_visual_tokens)
     seen = new_tokens * sequence + new_tokens * (new_tokens + 1) // 2

@@ -99,8 +99,11 @@ def test_products_in_blocks(rows, channels, has_bias):
     assert bool(batched) == (channels % BLOCK_CHANNELS == 0 and math.prod(rows) <= BLOCK_MAX_ROWS)
 
 
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_close_to_fp32_as_the_plain_projector(dtype):
+def test_half_precision_is_as_close_to_fp32_as_the_plain_projector(dtype, capability, monkeypatch):
+    """Folded in half precision, or in fp32 on a CPU that emulates products in half precision."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     config = tiny_config()
     projector = random_projector(config)
     streams = random_streams(config)
@@ -110,18 +113,24 @@ def test_half_precision_is_as_close_to_fp32_as_the_plain_projector(dtype):
         expected, _ = both(projector, streams, scale)
         plain, fused = both(projector.to(dtype), [stream.to(dtype) for stream in streams], scale)
         assert fused.dtype == dtype
+        projector.fuse()
+        assert projector.fused.memory_weight.dtype == (torch.float32 if capability == "AVX2" else dtype)
         assert relative_error(fused.float(), expected) < 1.5 * relative_error(plain.float(), expected) + 1e-3
 
 
-def test_folded_weights_follow_a_move():
+def test_another_dtype_drops_the_folded_weights():
+    """Weights and folded copies would be rounded each on their own."""
     config = tiny_config()
     projector = random_projector(config)
-    streams = [stream.bfloat16() for stream in random_streams(config)]
+    streams = random_streams(config)
     projector.fuse()
+    projector.to(torch.bfloat16).to(torch.float32)
+    plain, fused = both(projector, streams, 2)
+    assert relative_error(fused, plain) < 1e-5
     projector.to(torch.bfloat16)
     with torch.no_grad():
-        assert projector(*streams, 2).dtype == torch.bfloat16
-    assert projector.fused.memory_weight.dtype == torch.bfloat16
+        assert projector(*[stream.bfloat16() for stream in streams], 2).dtype == torch.bfloat16
+    assert projector.fused is None
 
 
 def test_mixed_budgets_through_the_whole_model():
@@ -191,16 +200,23 @@ def train_through_data(projector: nn.Module):
     projector.eval()
 
 
-@pytest.mark.parametrize("change", [change_in_place, load_weights, assign_weights, train_through_data])
-def test_changed_weights_are_never_answered_with_old_ones(change):
+CHANGES = [
+    *((change, False) for change in (change_in_place, load_weights, assign_weights, train_through_data)),
+    *((change, True) for change in (load_weights, assign_weights, train_through_data)),
+]
+
+
+@pytest.mark.parametrize(("change", "compiled"), CHANGES)
+def test_changed_weights_are_never_answered_with_old_ones(change, compiled):
     config = tiny_config()
     projector = random_projector(config)
     streams = random_streams(config)
     projector.fuse()
+    forward = torch.compile(projector, backend="eager") if compiled else projector
     with torch.no_grad():
-        before = projector(*streams, 2)
+        before = forward(*streams, 2)
         change(projector)
-        after = projector(*streams, 2)
+        after = forward(*streams, 2)
         projector.unfuse()
         expected = projector(*streams, 2)
     assert relative_error(after, before) > 1e-2
@@ -217,13 +233,17 @@ def test_weights_made_in_inference_mode_can_be_fused():
 
 
 def test_a_copy_works_on_its_own():
+    """With weights of its own it computes plainly until it is fused itself."""
     config = tiny_config()
     projector = random_projector(config)
     streams = random_streams(config)
     projector.fuse()
     duplicate = copy.deepcopy(projector)
     with torch.no_grad():
+        before = projector(*streams, 2)
         projector.linear_1.weight.zero_()
+        assert relative_error(duplicate(*streams, 2), before) < 1e-5
+        assert duplicate.fused is None
         plain, fused = both(duplicate, streams, 2)
     assert relative_error(fused, plain) < 1e-5
 
