@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from modeling_delta_llava.building import build_processor
 from modeling_delta_llava.errors import UserError
-from modeling_delta_llava.finetuning.rows import parse_row
+from modeling_delta_llava.finetuning.rows import RowError, parse_row
 from modeling_delta_llava.finetuning.text import IGNORED_LABEL, ConversationEncoder, EncodedText, expand
 from modeling_delta_llava.tokenization import sentencepiece_tokenizer
 from tests import tiny
@@ -159,6 +159,9 @@ def test_other_backbones_learn_what_their_template_marks(tmp_path):
     learned = [label for label in encoded.labels if label != IGNORED_LABEL]
     assert qwen.tokenizer.decode(learned) == "Hello there<|im_end|>"
     assert encoded.input_ids.count(qwen.image_token_id) == 1
+    vicuna = ConversationEncoder(qwen, "v1").encode(parse_row(row).messages)
+    answer = [label for label in vicuna.labels if label != IGNORED_LABEL]
+    assert qwen.tokenizer.decode(answer) == " Hello there<|im_end|>"
     plain = ConversationEncoder(qwen, "plain").encode(parse_row(row).messages)
     assert plain.input_ids[0] == qwen.image_token_id
     assert qwen.tokenizer.decode(plain.input_ids[1:]) == "Hello there\n"
@@ -175,11 +178,42 @@ def test_tokenizer_and_template_are_checked(processor):
         ConversationEncoder(stub)
     stub.tokenizer.pad_token_id = 0
     stub.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.raises(UserError, match=r"no {% generation %} marks"):
+    with pytest.raises(UserError, match=r"no {% generation %} marks.*pass --format v1"):
         ConversationEncoder(stub)
     stub.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         ConversationEncoder(stub)
+
+
+def test_what_a_template_refuses_is_named(processor):
+    asked = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+    good = parse_row({"conversations": asked}).messages
+    bad = parse_row({"conversations": [{"from": "system", "value": "Be brief."}, *asked]}).messages
+    plain = ConversationEncoder(processor, "plain")
+    plain.check(good)
+    for refuse in (plain.check, plain.encode):
+        with pytest.raises(RowError, match=r"cannot show this conversation \(The plain format knows.*not system\)"):
+            refuse(bad)
+    text_only = types.SimpleNamespace(
+        tokenizer=processor.tokenizer,
+        image_token_id=processor.image_token_id,
+        chat_template="{% for m in messages %}{% generation %}{{ '' + m.content }}{% endgeneration %}{% endfor %}",
+    )
+    with pytest.raises(RowError, match="cannot show this conversation"):
+        ConversationEncoder(text_only).check(good)
+
+
+def test_a_conversation_like_one_before_is_not_rendered_again(processor, monkeypatch):
+    encoder = ConversationEncoder(processor)
+    short, long, pictured = (
+        parse_row({"conversations": [{"from": "human", "value": value}, {"from": "gpt", "value": "Yes."}], **image})
+        for value, image in (("Hi", {}), ("Hi, are you there?", {}), ("<image>\nHi", {"image": "a"}))
+    )
+    rendered = []
+    monkeypatch.setattr(encoder, "_apply_template", lambda messages, **options: rendered.append(messages))
+    for sample in (short, long, pictured, short):
+        encoder.check(sample.messages)
+    assert rendered == [short.messages, pictured.messages]
 
 
 @settings(max_examples=100, deadline=None)
