@@ -9,20 +9,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from ..configuration_delta_llava import DeltaLlavaConfig
 from ..errors import UserError
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
-from .arguments import RunArguments
+from .arguments import ModelArguments, RunArguments
 from .checkpoints import OPTIMIZER_BYTES
 from .data import load_rows
-from .parts import LANGUAGE_MODEL, count_parts, set_trained
+from .parts import count_parts, set_trained, with_lora
 from .pictures import BrokenImageError, open_image
 from .rows import RowError, parse_row
 from .start import check_budgets, read_start
-from .text import ConversationEncoder, expand
+from .text import IGNORED_LABEL, ConversationEncoder, expand
 
 HISTOGRAM_BARS = 10
 BAR_WIDTH = 40
@@ -93,6 +94,7 @@ def gather(arguments: RunArguments, processor: DeltaLlavaProcessor) -> DataFacts
         index, row = numbered
         try:
             sample = parse_row(row)
+            encoded = encoder.encode(sample.messages)
         except RowError as error:
             where = f"{data.data_path}: row {index}" if data.streaming else rows.where(index)
             return RowFacts(problem=f"{where}: {error}", kind="malformed rows")
@@ -102,8 +104,8 @@ def gather(arguments: RunArguments, processor: DeltaLlavaProcessor) -> DataFacts
             except BrokenImageError as error:
                 kind = "missing images" if str(error).endswith(": missing") else "broken images"
                 return RowFacts(problem=f"row {index}: {error}", kind=kind)
-        text = expand(encoder.encode(sample.messages), processor.image_token_id, budget, data.max_length)
-        learned = sum(label != -100 for label in text.labels)
+        text = expand(encoded, processor.image_token_id, budget, data.max_length)
+        learned = sum(label != IGNORED_LABEL for label in text.labels)
         return RowFacts(
             tokens=len(text.input_ids),
             learned=learned,
@@ -194,26 +196,36 @@ def histogram(lengths: list[int]) -> list[str]:
     return lines
 
 
+def weight_bytes(config: DeltaLlavaConfig, model: ModelArguments, bf16: bool) -> float:
+    """Bytes of weights, gradients and optimizer states on a device that holds the whole model."""
+    with torch.device("meta"):
+        built = DeltaLlavaForConditionalGeneration(config)
+        set_trained(built, model)
+        quantised = sum(
+            layer.weight.numel() for layer in built.model.language_model.modules() if isinstance(layer, nn.Linear)
+        )
+        if model.lora_rank:
+            built = with_lora(built, model, gradient_checkpointing=False)
+    counts = count_parts(built)
+    trained, frozen = sum(count.trained for count in counts), sum(count.frozen for count in counts)
+    if model.quantization == "none":
+        stored = frozen * (2 if bf16 else 4)
+    else:
+        # Only linear layers are quantised; peft keeps whatever is not, such as embeddings, in fp32.
+        stored = quantised * (0.5 if model.quantization == "4bit" else 1) + (frozen - quantised) * 4
+    return trained * (4 + 4 + OPTIMIZER_BYTES) + stored
+
+
 def memory_estimate(arguments: RunArguments, config: DeltaLlavaConfig, longest: int) -> list[str]:
     """Memory of one device that holds the whole model, from the shapes alone; activations are rough."""
-    with torch.device("meta"):
-        model = DeltaLlavaForConditionalGeneration(config)
-    set_trained(model, arguments.model)
-    counts = count_parts(model)
-    trained, frozen = sum(count.trained for count in counts), sum(count.frozen for count in counts)
-    language = next(count for count in counts if count.part == LANGUAGE_MODEL)
     compute_bytes = 2 if arguments.training.bf16 else 4
-    frozen_bytes = frozen * compute_bytes
-    if arguments.model.quantization != "none":
-        saved_per_weight = compute_bytes - (0.5 if arguments.model.quantization == "4bit" else 1)
-        frozen_bytes -= language.frozen * saved_per_weight
     text = config.text_config
     tokens = arguments.training.per_device_train_batch_size * longest
     # Per layer and token: the layer's input alone, or what attention and MLP keep for the backward pass.
     kept = 1 if arguments.training.gradient_checkpointing else 12 + 3 * text.intermediate_size / text.hidden_size
     activations = tokens * text.num_hidden_layers * text.hidden_size * compute_bytes * kept
     logits = tokens * text.vocab_size * 3 * 4
-    weights = trained * (4 + 4 + OPTIMIZER_BYTES) + frozen_bytes
+    weights = weight_bytes(config, arguments.model, arguments.training.bf16)
     total = weights + activations + logits
     rows = arguments.training.per_device_train_batch_size
     indent = " " * 24

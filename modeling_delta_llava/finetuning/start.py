@@ -21,7 +21,7 @@ from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
 from ..projector_delta_llava import DeltaLlavaProjector
 from .arguments import DataArguments, DeltaLlavaTrainingArguments, ModelArguments
-from .checkpoints import SETTINGS_FILE, read_stored_settings, write_settings
+from .checkpoints import SETTINGS_FILE, one_line, read_stored_settings, write_settings
 from .parts import NOT_QUANTIZED, PROJECTOR_MODULE
 
 logger = logging.getLogger(__name__)
@@ -49,8 +49,10 @@ def local_folder(name: str, what: str, revision: str | None = None, weights: boo
         patterns = SMALL_FILES + (WEIGHT_FILES if weights else [])
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the Hub client and its HTTP library raise many classes
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{what}: {name} is neither a folder nor a Hub repo that can be read ({reason})") from None
+        raise UserError(
+            f"{what}: {name} is neither a folder nor a Hub repo that can be read ({one_line(error)}); correct "
+            f"--{what}, or log in with `hf auth login` if the repo is private or gated"
+        ) from None
 
 
 def read_config(folder: Path, what: str) -> Any:
@@ -62,8 +64,10 @@ def read_config(folder: Path, what: str) -> Any:
     try:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{what}: {folder} has no readable config.json ({reason})") from None
+        raise UserError(
+            f"{what}: {folder} has no readable config.json ({one_line(error)}); give a model that transformers knows "
+            f"without code of its own as --{what}"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,10 @@ def read_base_parts(model: ModelArguments, data: DataArguments, weights: bool = 
             **model.projector,
         )
     except (ValueError, TypeError) as error:
-        raise UserError(f"the projector cannot be built: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"the projector cannot be built: {one_line(error)}; correct `projector` or `num_visual_tokens`, or give "
+            "another --vision_tower"
+        ) from None
     preprocessor_file = vision_folder / "preprocessor_config.json"
     preprocessor = json.loads(preprocessor_file.read_text(encoding="utf-8")) if preprocessor_file.is_file() else None
     if data.format == "v1":
@@ -148,8 +155,10 @@ def compose(folder: Path, model: ModelArguments, data: DataArguments, seed: int 
         )
         tower = tower_class.from_pretrained(str(parts.vision_folder), dtype="auto")
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{model.language_model} with {model.vision_tower} cannot be loaded ({reason})") from None
+        raise UserError(
+            f"{model.language_model} with {model.vision_tower} cannot be loaded ({one_line(error)}); both "
+            "must hold whole weights: download them again, or give others"
+        ) from None
     if language_model.get_input_embeddings().num_embeddings < parts.config.text_config.vocab_size:
         append_rows(language_model, parts.config.text_config.vocab_size)
 
@@ -279,8 +288,9 @@ def load_processor(folder: Path, model: ModelArguments, data: DataArguments) -> 
     try:
         processor = DeltaLlavaProcessor.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"model: {folder} has no usable processor ({reason}); convert the checkpoint again") from None
+        raise UserError(
+            f"model: {folder} has no usable processor ({one_line(error)}); convert the checkpoint again"
+        ) from None
     processor.image_processor.do_pad = data.image_aspect_ratio == "pad"
     if model.num_visual_tokens is not None:
         processor.num_visual_tokens = model.num_visual_tokens
@@ -364,8 +374,10 @@ def load_model(
                 str(folder), dtype=dtype, output_loading_info=True, **settings
             )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"model: {folder} cannot be loaded ({reason})") from None
+        raise UserError(
+            f"model: {folder} cannot be loaded ({one_line(error)}); check its weight files, --attn_implementation and "
+            "--quantization"
+        ) from None
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(f"model: {folder} lacks {len(missing)} weights, such as {missing[0]}; convert it again")
