@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import UserError
+from ..finetuning.checkpoints import SAVE_ERRORS, is_no_space, one_line
 from . import exam
 from .drawings import DrawnSet, distinct_scenes, write_set
 from .language import make_language_model
@@ -29,6 +31,8 @@ from .report import ExamQuestion, ExamResult, accuracy, draw_answers, results_ta
 from .tower import make_tower
 
 SUMMARY_FILE = "demo.json"
+# Lies in every folder that the demo made, and in no other.
+MARKER_FILE = ".delta-llava-demo"
 BUDGETS = [64, 16, 4, 1]
 BUDGET_WEIGHTS = [2, 3, 1, 1]
 DEFAULT_BUDGET = 16
@@ -58,11 +62,11 @@ def clear_output(output: Path) -> None:
         UserError: the folder holds something else.
     """
     if output.exists():
-        if not output.is_dir() or (any(output.iterdir()) and not (output / SUMMARY_FILE).is_file()):
+        if not output.is_dir() or (any(output.iterdir()) and not (output / MARKER_FILE).is_file()):
             raise UserError(f"{output} exists and no demo wrote it; give another folder as --output")
         shutil.rmtree(output)
     output.mkdir(parents=True)
-    (output / SUMMARY_FILE).write_text("{}\n", encoding="utf-8")
+    (output / MARKER_FILE).touch()
 
 
 def finetune_stage(recipe: str, settings: dict[str, Any]) -> Path:
@@ -115,7 +119,9 @@ def sit_exam(model: Path, drawn: DrawnSet, work: Path) -> tuple[list[ExamQuestio
     question_file, result_file = work / "exam.json", work / "exam_answers.json"
     question_file.write_text(json.dumps(asked, indent=1), encoding="utf-8")
     command = [sys.executable, exam.__file__, *(str(path.resolve()) for path in (model, question_file, result_file))]
-    subprocess.run(command, check=True, cwd=work, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    ended = subprocess.run(command, cwd=work, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
+    if ended.returncode:
+        raise UserError(f"the exam ended with status {ended.returncode}; what it printed above says why")
     results = [ExamResult(**entry) for entry in json.loads(result_file.read_text(encoding="utf-8"))]
     return questions, results
 
@@ -139,7 +145,9 @@ def demo(output: Path, effort: Effort, console: Console) -> dict[str, Any]:
 
     console.print("[bold]2. Tower and language model[/], each on its own and from nothing")
     tower_folder, language_folder = output / "vision-tower", output / "language-model"
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+    # The parts end silently at Ctrl-C, which this process reports.
+    ends = (signal.SIGINT, signal.SIG_DFL)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), signal.signal, ends) as pool:
         seeing = pool.submit(make_tower, tower_folder, effort.tower_steps, SEED)
         reading = pool.submit(make_language_model, language_folder, effort.language_steps, SEED)
         reading.result()
@@ -198,7 +206,7 @@ def demo(output: Path, effort: Effort, console: Console) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 2 for an error that the user can mend."""
+    """Returns the exit status: 2 for an error that the user can mend, 130 when interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m modeling_delta_llava.demo",
         description=__doc__,
@@ -211,8 +219,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         demo(options.output, Effort().scaled(options.effort), Console())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (UserError, *SAVE_ERRORS) as error:
+        if not isinstance(error, (UserError, OSError)) and not is_no_space(error):
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -69,14 +69,12 @@ def draw_scene(rng: random.Random) -> Scene:
     return tuple(Thing(rng.choice(SHAPES), rng.choice(list(COLOURS)), place) for place in places)
 
 
-def distinct_scenes(count: int, seed: int, avoid: frozenset[Scene] = frozenset()) -> list[Scene]:
-    """`count` scenes that differ from each other and from those in `avoid`."""
+def distinct_scenes(count: int, seed: int) -> list[Scene]:
+    """`count` scenes that differ from each other."""
     rng = random.Random(seed)
     scenes: dict[Scene, None] = {}
     while len(scenes) < count:
-        scene = draw_scene(rng)
-        if scene not in avoid:
-            scenes[scene] = None
+        scenes[draw_scene(rng)] = None
     return list(scenes)
 
 
@@ -116,16 +114,12 @@ def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, centre: tuple[float, float
     elif shape == "square":
         side = radius * 0.88
         pen.rectangle((x - side, y - side, x + side, y + side), fill=fill)
-    elif shape == "triangle":
+    else:  # a triangle
         corners = [
             (x + radius * math.sin(angle), y - radius * math.cos(angle) + radius * 0.15)
             for angle in (0, 2 * math.pi / 3, 4 * math.pi / 3)
         ]
         pen.polygon(corners, fill=fill)
-    else:
-        arm = radius * 0.36
-        pen.rectangle((x - arm, y - radius, x + arm, y + radius), fill=fill)
-        pen.rectangle((x - radius, y - arm, x + radius, y + arm), fill=fill)
 
 
 def caption(scene: Scene) -> str:
@@ -161,12 +155,11 @@ def questions(scene: Scene, rng: random.Random) -> list[Question]:
 
 @dataclass(frozen=True)
 class DrawnSet:
-    """What [`write_set`] wrote: pictures in `image_folder`, the two stages' rows, and the scenes behind them."""
+    """What [`write_set`] wrote: pictures in `image_folder`, the two stages' rows, and each picture's questions."""
 
     image_folder: Path
     caption_file: Path
     question_file: Path
-    scenes: list[Scene]
     questions: list[list[Question]]
 
 
@@ -206,4 +199,4 @@ def write_set(folder: Path, name: str, scenes: list[Scene], seed: int) -> DrawnS
     caption_file, question_file = folder / f"{name}_captions.json", folder / f"{name}_questions.json"
     caption_file.write_text(json.dumps(captions, indent=1), encoding="utf-8")
     question_file.write_text(json.dumps(conversations, indent=1), encoding="utf-8")
-    return DrawnSet(image_folder, caption_file, question_file, scenes, asked)
+    return DrawnSet(image_folder, caption_file, question_file, asked)

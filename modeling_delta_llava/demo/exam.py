@@ -7,6 +7,7 @@ and `questions`, a list of `{"image", "question"}`. RESULT.json receives, for ea
 """
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -54,4 +55,5 @@ def main(folder: str, questions_file: str, result_file: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the demo reports Ctrl-C
     main(*sys.argv[1:])

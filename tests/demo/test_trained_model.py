@@ -68,9 +68,12 @@ def share_right(model, processor, exam, budget, blind=False):
 
 def test_the_demo_beats_the_blind_baseline(summary):
     shares = summary["accuracy"]
-    for budget in BUDGETS:
-        if budget >= 16:
-            assert shares[str(budget)] >= shares["no picture"] + MARGIN
+    names = {*map(str, BUDGETS), "no picture"}
+    assert shares.keys() == summary["seconds_per_answer"].keys() == names
+    assert all(0 <= share <= 1 for share in shares.values())
+    assert summary["seconds"] > summary["questions"] * sum(summary["seconds_per_answer"].values()) > 0
+    for budget in (64, 16):
+        assert shares[str(budget)] >= shares["no picture"] + MARGIN
 
 
 def test_new_pictures_from_another_seed(model, processor, exam):
