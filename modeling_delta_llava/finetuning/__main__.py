@@ -8,7 +8,7 @@ from .run import finetune
 
 
 def main(arguments: list[str]) -> int:
-    """Runs `finetune`; returns the exit status, 2 for an error that the user can mend."""
+    """Runs `finetune`; returns the exit status: 2 for an error that the user can mend, 130 when interrupted."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2
@@ -17,6 +17,9 @@ def main(arguments: list[str]) -> int:
     except (UserError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

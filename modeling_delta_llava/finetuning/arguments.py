@@ -13,9 +13,11 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_torch_tf32_available
 
 from ..errors import UserError
+from .checkpoints import run_identity
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 # `gradient_checkpointing` is called `activation_checkpointing` from transformers 5.19 on; both spellings are read.
@@ -108,7 +110,7 @@ class DeltaLlavaTrainingArguments(transformers.TrainingArguments):
         visual_token_budget_weights (`list[float]`, *optional*):
             How often each budget is drawn, relative to the others; equally often when not given.
         trial_save (`bool`, defaults to `True`):
-            Write and read back one checkpoint before the first step.
+            Write one checkpoint and open it before the first step.
     """
 
     projector_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
@@ -146,7 +148,7 @@ class RunArguments:
     model: ModelArguments
     data: DataArguments
     training: DeltaLlavaTrainingArguments
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # as given, and the resolved values of `run_identity`
     check_data: bool = False
 
 
@@ -282,6 +284,12 @@ def build_arguments(settings: dict[str, Any], where: str = "the settings") -> Ru
         training = DeltaLlavaTrainingArguments(**chosen)
     except (ValueError, ImportError, TypeError) as error:
         raise UserError(f"{where}: {' '.join(str(error).split())}") from None
+    try:
+        for callback in get_reporting_integration_callbacks(training.report_to):
+            callback()
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UserError(f"{where}: report_to: {' '.join(str(error).split())}") from None
+    settings |= run_identity(model, data, training)
     return RunArguments(model=model, data=data, training=training, settings=settings, check_data=check_data)
 
 
@@ -320,6 +328,11 @@ def _check_together(
         raise UserError(f"{where}: a stream has no length; set max_steps")
     if data.streaming and training.get("group_by_modality_length"):
         raise UserError(f"{where}: a stream cannot be grouped by length; set group_by_modality_length: false")
+    strategy = training.get("train_sampling_strategy")
+    if strategy not in (None, "random", "sequential"):
+        raise UserError(
+            f"{where}: train_sampling_strategy {strategy} is not supported; set group_by_modality_length: true"
+        )
     if data.eval_data_path is None and str(training.get("eval_strategy", "no")) not in ("no", "False"):
         raise UserError(f"{where}: eval_strategy needs eval_data_path; set it, or eval_strategy: no")
     budgets, weights = training.get("visual_token_budgets"), training.get("visual_token_budget_weights")

@@ -3,23 +3,32 @@
 import errno
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import AutoConfig
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import UserError
 
 # Leading underscores: `Trainer.push_to_hub` leaves such files out, and no checkpoint search finds them.
 UNFINISHED_FOLDER = "_unfinished"
+# Inside it: a result that is whole and only has to be moved.
+COMPLETE_FOLDER = "complete"
 SETTINGS_FILE = "_finetuning.yaml"
 TRAINER_STATE_FILE = "trainer_state.json"
 # Without these no library loads a folder.
 ENTRY_FILES = ("config.json", "adapter_config.json")
 WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+# What a checkpoint has beyond its Hub files.
+RESUME_FILES = (
+    *(TRAINER_STATE_FILE, "optimizer*", "scheduler*", "scaler*", "rng_state*"),
+    *("global_step*", "latest", "zero_to_fp32.py", "pytorch_model_fsdp*"),
+)
 # What a run must keep when it is resumed: settings that decide which weights and which data a checkpoint stands for.
 IDENTITY = (
     "model",
@@ -29,15 +38,27 @@ IDENTITY = (
     "train_language_model",
     "train_vision_tower",
     "projector",
+    "num_visual_tokens",
+    "visual_token_budgets",
+    "visual_token_budget_weights",
     "lora_rank",
     "lora_alpha",
     "lora_target_modules",
     "quantization",
     "data_path",
     "split",
+    "image_folder",
+    "streaming",
     "format",
+    "max_length",
+    "image_aspect_ratio",
+    "group_by_modality_length",
+    "train_sampling_strategy",
     "seed",
+    "data_seed",
 )
+# Rows of one optimizer step over all devices: decides the order of the rows, however it is split.
+TOTAL_BATCH_SIZE = "total_batch_size"
 # Bytes per weight beside the weight itself that AdamW keeps of what is trained: two moments in fp32.
 OPTIMIZER_BYTES = 8
 # What writing files raises: Python itself, safetensors, and torch.save.
@@ -48,6 +69,17 @@ NO_SPACE_WORDS = (
     # torch.save says no more than this
     *("iostream error", "unexpected pos", "file write failed"),
 )
+
+
+def run_identity(model: Any, data: Any, training: Any) -> dict[str, Any]:
+    """What tells a run from others: the values of `IDENTITY`, defaults included, and the rows of one step.
+
+    Args:
+        model, data, training: the run's arguments, as dataclasses.
+    """
+    values = {**vars(model), **vars(data), **vars(training)}
+    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    return {name: values[name] for name in IDENTITY} | {TOTAL_BATCH_SIZE: rows}
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -75,7 +107,7 @@ def checkpoint_to_resume(resume: str | bool | None, output_dir: Path, settings: 
     Args:
         resume: `True` for the newest checkpoint, "auto" for the newest if there is one, a folder, or nothing.
         output_dir: the run's folder.
-        settings: the run's settings.
+        settings: the run's settings, with its [`run_identity`].
     Raises:
         UserError: there is nothing to resume from, the folder holds a run that is not being resumed, or the
             checkpoint was written by another run.
@@ -113,7 +145,8 @@ def check_identity(checkpoint: Path, settings: dict[str, Any]) -> None:
             f"{checkpoint}: no {SETTINGS_FILE}, so this is no checkpoint of `finetune`; give another folder"
         )
     stored = read_stored_settings(checkpoint)
-    different = [name for name in IDENTITY if stored.get(name) != settings.get(name)]
+    names = [name for name in (*IDENTITY, TOTAL_BATCH_SIZE) if name in stored]
+    different = [name for name in names if stored[name] != settings.get(name)]
     if different:
         name = different[0]
         raise UserError(
@@ -145,19 +178,44 @@ def with_stored_weights(state: dict[str, Tensor], model: nn.Module, folder: Path
 
 
 def move_result(written: Path, folder: Path) -> None:
-    """Moves a finished result into its folder, in place of an earlier one.
+    """Moves a finished result, a folder in `folder / UNFINISHED_FOLDER`, into `folder`, in place of an earlier one."""
+    os.replace(written, written.with_name(COMPLETE_FOLDER))
+    finish_move(folder)
 
-    The configs go first and come last: a process that is killed in between leaves a folder that loads nowhere, never
-    one with files of two results.
+
+def finish_move(folder: Path) -> None:
+    """What is left of a [`move_result`]: all of it, the rest after a process was killed, or nothing.
+
+    The configs go first and come last: until the move is finished the folder loads nowhere, rather than with files of
+    two results.
     """
-    for name in ENTRY_FILES:
-        (folder / name).unlink(missing_ok=True)
-    for path in (path for pattern in WEIGHT_FILES for path in folder.glob(pattern)):
-        path.unlink()
-    for path in sorted(written.iterdir(), key=lambda path: path.name in ENTRY_FILES):
-        if (folder / path.name).is_dir():
-            shutil.rmtree(folder / path.name)
-        os.replace(path, folder / path.name)
+    complete = folder / UNFINISHED_FOLDER / COMPLETE_FOLDER
+    moving = complete.with_name("moving")
+    if complete.is_dir():
+        for name in ENTRY_FILES:
+            (folder / name).unlink(missing_ok=True)
+        for path in (path for pattern in WEIGHT_FILES for path in folder.glob(pattern)):
+            path.unlink()
+        os.replace(complete, moving)
+    if moving.is_dir():
+        for path in sorted(moving.iterdir(), key=lambda path: path.name in ENTRY_FILES):
+            if (folder / path.name).is_dir():
+                shutil.rmtree(folder / path.name)
+            os.replace(path, folder / path.name)
+        moving.rmdir()
+
+
+def copy_hub_files(checkpoint: Path, folder: Path) -> None:
+    """Copies what a finished checkpoint has for the Hub; weights, which nobody changes in place, as hard links."""
+
+    def link_or_copy(source: str, target: str) -> None:
+        if source.endswith(".safetensors"):
+            with suppress(OSError):  # a disk without links
+                os.link(source, target)
+                return
+        shutil.copy2(source, target)
+
+    shutil.copytree(checkpoint, folder, copy_function=link_or_copy, ignore=shutil.ignore_patterns(*RESUME_FILES))
 
 
 def remove_unfinished(output_dir: Path) -> None:
@@ -165,22 +223,26 @@ def remove_unfinished(output_dir: Path) -> None:
     shutil.rmtree(output_dir / UNFINISHED_FOLDER, ignore_errors=True)
 
 
-def check_disk_space(folder: Path, weights: int, optimizer: int, keeps_old: bool) -> None:
-    """Raises `UserError` when the disk cannot hold one finished checkpoint (and the one it replaces).
-
-    Args:
-        folder: where checkpoints go; must exist.
-        weights: bytes of the saved weights.
-        optimizer: bytes of the saved optimizer state.
-        keeps_old: whether the previous checkpoint is still there while the next one is written.
-    """
-    needed = (weights + optimizer) * (2 if keeps_old else 1)
+def check_disk_space(folder: Path, needed: int) -> None:
+    """Raises `UserError` when the disk of `folder`, which must exist, has not the `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"output_dir: {folder} has {free / 1e9:.1f} GB free, but checkpoints need {needed / 1e9:.1f} GB; "
+            f"output_dir: {folder} has {free / 1e9:.1f} GB free, but this run's saves need {needed / 1e9:.1f} GB; "
             "free some space, or give an --output_dir on another disk"
         )
+
+
+def check_readable(folder: Path) -> None:
+    """Opens the config and the headers of the weights in a saved folder.
+
+    Raises:
+        OSError, SafetensorError, ValueError: one of them is missing or damaged.
+    """
+    AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt"):
+            pass
 
 
 def is_no_space(error: BaseException | None) -> bool:

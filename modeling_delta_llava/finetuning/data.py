@@ -1,6 +1,6 @@
 """Datasets of encoded conversations: on disk or streamed, with pictures opened lazily in the workers."""
 
-import json
+import itertools
 import logging
 import pickle
 from array import array
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..errors import UserError
 from .pictures import BrokenImageError, open_image, resolve_image
-from .rows import RowError, Sample, line_of_row, parse_row, read_json_rows
+from .rows import RowError, Sample, line_of_row, parse_line, parse_row, read_json_rows
 from .text import ConversationEncoder, EncodedText
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,9 @@ class SelectedRows:
         return self._source.sample(self._indices[index])
 
 
-def load_rows(data_path: str, split: str = "train", streaming: bool = False) -> RowSource | Any:
+def load_rows(
+    data_path: str, split: str = "train", streaming: bool = False, on_bad_row: str = "stop"
+) -> RowSource | Any:
     """Opens a dataset without opening its pictures.
 
     Args:
@@ -120,6 +122,7 @@ def load_rows(data_path: str, split: str = "train", streaming: bool = False) -> 
             the name of a dataset on the Hub.
         split: the split to read where the dataset has several.
         streaming: read the rows one after the other instead of by index; returns an iterable of raw rows.
+        on_bad_row: "stop" raises at a JSONL line that is no JSON, "skip" makes it a bad row (see [`parse_line`]).
     Raises:
         UserError: nothing readable is there.
     """
@@ -131,7 +134,7 @@ def load_rows(data_path: str, split: str = "train", streaming: bool = False) -> 
             if not path.is_file():
                 raise UserError(f"{path}: no such data file; pass an existing LLaVA JSONL as --data_path")
             return JsonLines(path)
-        return RowSource(str(path), PackedRows(read_json_rows(path)), json_path=path)
+        return RowSource(str(path), PackedRows(read_json_rows(path, on_bad_row)), json_path=path)
     try:
         import datasets
     except ImportError:
@@ -176,14 +179,14 @@ class JsonLines:
         self.path = path
 
     def __iter__(self) -> Iterator[Any]:
+        return (parse_line(line) for _, line in self.lines())
+
+    def lines(self) -> Iterator[tuple[int, str]]:
+        """The number (from 1) and text of each line that is not empty."""
         with self.path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{self.path}: line {number} is no JSON ({error.msg}); repair that line") from None
+                if line.strip():
+                    yield number, line
 
 
 def check_rows(
@@ -300,17 +303,18 @@ class ConversationDataset(Dataset):
 class StreamedDataset(IterableDataset):
     """Iterable counterpart of `ConversationDataset` for rows that cannot be addressed by index.
 
-    Consecutive blocks of `block_size` rows (one batch of all ranks) go to the workers in turn, so that several
-    workers give the order that one would give.
+    Its rows come again and again without an end, so that whatever stops and resumes a run counts on in one sequence,
+    and no batch is filled up with rows of another one. Consecutive blocks of `block_size` rows (one batch of all
+    ranks) go to the workers in turn, so that several workers give the order that one would give.
 
     Args:
-        rows: an iterable of raw rows; `set_epoch` is called where it has one.
+        rows: `JsonLines`, or a `datasets.IterableDataset`, told with `set_epoch` which pass over it begins.
         dataset: builds the examples (its own rows are not read).
         name: how messages name the stream.
         block_size: rows in one micro-batch of all ranks.
         accumulation: micro-batches in one optimizer step.
         num_workers: processes that read the stream.
-        draw_budget: (epoch, optimizer step) -> visual tokens, or None for the model's default.
+        draw_budget: (epoch, optimizer step) -> visual tokens, or None for the model's default; the epoch is always 0.
         on_bad_row: "skip" or "stop".
     """
 
@@ -337,32 +341,40 @@ class StreamedDataset(IterableDataset):
         self.accumulation = accumulation
         self.draw_budget = draw_budget
         self.on_bad_row = on_bad_row
-        self.epoch = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-        if not isinstance(self.rows, JsonLines):
-            self.rows.set_epoch(epoch)
+    def placed_rows(self) -> Iterator[tuple[str, Any]]:
+        """How a message names each row, and the row (a line of text from `JsonLines`), pass after pass.
+
+        Raises:
+            UserError: the stream is empty.
+        """
+        for epoch in itertools.count():
+            if isinstance(self.rows, JsonLines):
+                kind, rows = "line", self.rows.lines()
+            else:
+                self.rows.set_epoch(epoch)
+                kind, rows = "row", enumerate(self.rows)
+            place = None
+            for place, row in rows:
+                yield f"{self.name}: {kind} {place}", row
+            if place is None:
+                raise UserError(f"{self.name}: no rows; pass another --data_path")
 
     def __iter__(self) -> Iterator[TrainingExample | SkippedExample]:
         worker = get_worker_info()
         worker_id, num_workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        for number, row in enumerate(self.rows):
+        for number, (place, row) in enumerate(self.placed_rows()):
             block = number // self.block_size
             if block % num_workers != worker_id:
                 continue
-
-            def where(number=number):
-                return f"{self.name}: row {number}"
-
             try:
-                sample = parse_row(row)
+                sample = parse_row(parse_line(row) if isinstance(row, str) else row)
                 self.dataset.encoder.check(sample.messages)
             except RowError as error:
                 if self.on_bad_row == "stop":
-                    raise UserError(f"{where()}: {error}; repair the row, or pass --on_bad_row skip") from None
-                yield SkippedExample(f"{where()}: {error}")
+                    raise UserError(f"{place}: {error}; repair the row, or pass --on_bad_row skip") from None
+                yield SkippedExample(f"{place}: {error}")
                 continue
             step = block // self.accumulation
-            budget = self.draw_budget(self.epoch, step) if self.draw_budget is not None else None
-            yield self.dataset.build(sample, where, budget)
+            budget = self.draw_budget(0, step) if self.draw_budget is not None else None
+            yield self.dataset.build(sample, lambda place=place: place, budget)

@@ -34,12 +34,29 @@ class Sample:
     dropped_leading_answer: bool = False
 
 
+@dataclass(frozen=True)
+class BrokenLine:
+    """Stands for the row on a line of a JSONL file that is no JSON."""
+
+    problem: str
+
+
+def parse_line(line: str) -> Any:
+    """The row on a line of a JSONL file, or a `BrokenLine`, which [`parse_row`] refuses as a bad row."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        return BrokenLine(f"no JSON ({error.msg})")
+
+
 def parse_row(row: Any) -> Sample:
     """Checks one row of either layout and normalises it.
 
     Raises:
         RowError: the row has no turns, wrong roles or types, or a number of pictures that its text does not ask for.
     """
+    if isinstance(row, BrokenLine):
+        raise RowError(row.problem)
     if not isinstance(row, dict):
         raise RowError(f"a row must be an object, found {type(row).__name__}")
     if "conversations" in row:
@@ -157,9 +174,12 @@ def _checked(messages: list[dict[str, Any]], images: list[Any]) -> Sample:
     return Sample(messages=messages, images=images, dropped_leading_answer=dropped)
 
 
-def read_json_rows(path: Path) -> list[Any]:
+def read_json_rows(path: Path, on_bad_row: str = "stop") -> list[Any]:
     """All rows of a `.json` array or a `.jsonl` file.
 
+    Args:
+        path: the file.
+        on_bad_row: "stop" raises at a line of a `.jsonl` that is no JSON, "skip" gives a `BrokenLine` for it.
     Raises:
         UserError: the file is missing, is no JSON (with the line), or is no list of rows.
     """
@@ -174,10 +194,11 @@ def read_json_rows(path: Path) -> list[Any]:
         for line_number, line in enumerate(text.split("\n"), start=1):
             if not line.strip():
                 continue
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}: line {line_number} is no JSON ({error.msg}); repair that line") from None
+            rows.append(parse_line(line))
+            if on_bad_row == "stop" and isinstance(rows[-1], BrokenLine):
+                raise UserError(
+                    f"{path}: line {line_number} is {rows[-1].problem}; repair that line, or pass --on_bad_row skip"
+                )
         return rows
     try:
         rows = json.loads(text)

@@ -5,12 +5,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 from ..errors import UserError
-from .arguments import RunArguments, load_arguments
+from .arguments import ModelArguments, RunArguments, load_arguments
 from .check_data import check_data
-from .checkpoints import SAVE_ERRORS, checkpoint_to_resume, is_no_space, one_line
+from .checkpoints import (
+    ENTRY_FILES,
+    SAVE_ERRORS,
+    SETTINGS_FILE,
+    checkpoint_to_resume,
+    is_no_space,
+    one_line,
+)
 from .collator import DeltaLlavaCollator
 from .data import ConversationDataset, StreamedDataset, check_rows, load_rows, missing_images
 from .parts import set_trained, with_lora
@@ -56,6 +64,11 @@ def run(arguments: RunArguments) -> Path | None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
         trainer.save_state()
         trainer.save_model()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory on the device ({one_line(error)}); lower per_device_train_batch_size (and raise "
+            "gradient_accumulation_steps likewise), or set gradient_checkpointing: true"
+        ) from error
     except SAVE_ERRORS as error:
         if not is_no_space(error):
             raise
@@ -67,19 +80,18 @@ def run(arguments: RunArguments) -> Path | None:
         # What a worker raises carries its traceback in the message; the last line is the message itself.
         last_line = str(error).strip().split("\n")[-1]
         raise UserError(last_line.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")) from error
-    if trainer.skipped:
-        logger.warning(
-            "%d rows were left out: %s", sum(trainer.skipped.values()), "; ".join(list(trainer.skipped)[:5])
-        )
+    skipped = trainer.all_skipped()
+    if skipped and arguments.training.process_index == 0:
+        logger.warning("%d rows were left out: %s", sum(skipped.values()), "; ".join(list(skipped)[:5]))
     return Path(arguments.training.output_dir)
 
 
 def set_up_logging(arguments: RunArguments) -> None:
-    """Logs this package's messages as transformers logs its own: at the run's level, on the main process."""
+    """Logs this package's messages as transformers logs its own: at the run's level; other processes only warn."""
     level = arguments.training.get_process_log_level()
     transformers.utils.logging.set_verbosity(level)
     package_logger = logging.getLogger(__package__)
-    package_logger.setLevel(min(level, logging.INFO) if arguments.training.process_index == 0 else logging.ERROR)
+    package_logger.setLevel(min(level, logging.INFO) if arguments.training.process_index == 0 else logging.WARNING)
     if not package_logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(message)s"))
@@ -124,10 +136,10 @@ def open_dataset(arguments: RunArguments, encoder: ConversationEncoder, evaluati
     path = data.eval_data_path if evaluation else data.data_path
     image_folder = folder_of((data.eval_image_folder or data.image_folder) if evaluation else data.image_folder)
     streaming = data.streaming and not evaluation
-    rows = load_rows(path, data.eval_split if evaluation else data.split, streaming=streaming)
+    rows = load_rows(path, data.eval_split if evaluation else data.split, streaming, data.on_bad_row)
     if not streaming:
         rows, bad = check_rows(rows, data.on_bad_row, encoder)
-        for message in bad:
+        for message in bad if training.process_index == 0 else []:
             logger.warning("left out: %s", message)
         if data.look_for_images and training.process_index == 0:
             missing = missing_images(rows, image_folder)
@@ -159,6 +171,18 @@ def open_dataset(arguments: RunArguments, encoder: ConversationEncoder, evaluati
     )
 
 
+def check_output_dir(output_dir: Path, model: ModelArguments) -> None:
+    """Raises `UserError` when a run in this folder would overwrite a model that is not its own."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"output_dir: {output_dir} is a file; give a folder")
+    for name in ("model", "language_model", "vision_tower"):
+        start = Path(getattr(model, name) or "").expanduser()
+        if getattr(model, name) and start.is_dir() and output_dir.is_dir() and start.samefile(output_dir):
+            raise UserError(f"output_dir: {output_dir} is the {name} to start from; give another --output_dir")
+    if any((output_dir / name).is_file() for name in ENTRY_FILES) and not (output_dir / SETTINGS_FILE).is_file():
+        raise UserError(f"output_dir: {output_dir} holds a model that `finetune` did not write; give another folder")
+
+
 def prepare(arguments: RunArguments) -> tuple[DeltaLlavaTrainer, Path | None]:
     """Everything before the first step: settings and data checked, model loaded and frozen, trainer built.
 
@@ -167,8 +191,7 @@ def prepare(arguments: RunArguments) -> tuple[DeltaLlavaTrainer, Path | None]:
     """
     model_arguments, data, training = arguments.model, arguments.data, arguments.training
     output_dir = Path(training.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"output_dir: {output_dir} is a file; give a folder")
+    check_output_dir(output_dir, model_arguments)
     checkpoint = checkpoint_to_resume(training.resume_from_checkpoint, output_dir, arguments.settings)
     config, processor = read_start(model_arguments, data)
     check_budgets(config, training.visual_token_budgets)

@@ -1,16 +1,19 @@
 """`transformers.Trainer` for Delta-LLaVA: parts with their own learning rate, drawn budgets, finished checkpoints."""
 
+import copy
 import logging
 import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import torch.distributed as dist
 from torch.utils.data import IterableDataset
-from transformers import AutoConfig, Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import HubStrategy, rotate_checkpoints
+from transformers.utils import PushInProgress
 
 from ..errors import UserError
 from .card import model_card
@@ -20,7 +23,11 @@ from .checkpoints import (
     TRAINER_STATE_FILE,
     UNFINISHED_FOLDER,
     check_disk_space,
+    check_readable,
+    copy_hub_files,
+    finish_move,
     is_no_space,
+    last_finished_checkpoint,
     move_result,
     one_line,
     remove_unfinished,
@@ -124,7 +131,7 @@ class DeltaLlavaTrainer(Trainer):
                 projector = [item for item in group["params"] if part_of(names.get(id(item), "")) == PROJECTOR]
                 chosen = {id(item) for item in projector}
                 rest = [item for item in group["params"] if id(item) not in chosen]
-                groups += [{**group, "params": rest}, {**group, "params": projector, "lr": rate}]
+                groups += [{**group, "params": rest}, {**group, "params": projector, "lr": rate, "part": PROJECTOR}]
             optimizer.param_groups[:] = [group for group in groups if group["params"]]
         return optimizer
 
@@ -163,46 +170,66 @@ class DeltaLlavaTrainer(Trainer):
                 logs["skipped_rows"] = skipped
             if places:
                 logs["padding_share"] = round(1 - tokens / places, 4)
-            if self.args.projector_learning_rate is not None and self.lr_scheduler is not None:
-                logs["projector_learning_rate"] = max(
-                    group["lr"] for group in self.optimizer.param_groups if self._is_projector_group(group)
-                )
+            rates = [group["lr"] for group in self.optimizer.param_groups if group.get("part") == PROJECTOR]
+            if rates:
+                logs["projector_learning_rate"] = rates[0]
             self._skipped_since_log = 0
             self._tokens.zero_()
         super().log(logs, *args, **kwargs)
 
-    def _is_projector_group(self, group: dict[str, Any]) -> bool:
-        return group.get("initial_lr", group["lr"]) == self.args.projector_learning_rate
+    def all_skipped(self) -> Counter[str]:
+        """Why rows were left out and how often, on all ranks together; every rank must call it."""
+        counters = [self.skipped]
+        if self.args.world_size > 1:
+            counters = [None] * self.args.world_size
+            dist.all_gather_object(counters, self.skipped)
+        return sum(counters, Counter())
+
+    # ---- steps ----
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """As `Trainer`'s, but a resumed run that has all its steps takes none; `Trainer` looks only after a step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     # ---- saving ----
 
     def begin_run(self) -> None:
-        """Checks disk space and writes, reads back and removes one checkpoint, before the first step."""
-        if not self.args.trial_save:
-            return
+        """Ends the move of a result that a killed process left; then checks disk space, and makes a trial save.
+
+        The trial save is opened (config and headers of the weights) and removed again.
+        """
         output_dir = Path(self.args.output_dir)
         if self.args.should_save:
+            finish_move(output_dir)
             remove_unfinished(output_dir)
-            parameters = list(self.model.parameters())
-            check_disk_space(
-                output_dir,
-                weights=sum(number_of_elements(item) * item.element_size() for item in parameters),
-                optimizer=0
-                if self.args.save_only_model or self.args.save_strategy == "no"
-                else OPTIMIZER_BYTES * sum(number_of_elements(item) for item in parameters if item.requires_grad),
-                keeps_old=self.args.save_total_limit != 0,
-            )
+        if not self.args.trial_save:
+            return
+        if self.args.should_save:
+            check_disk_space(output_dir, self._bytes_to_save(output_dir))
         trial = output_dir / UNFINISHED_FOLDER / "trial"
         try:
             self.save_model(str(trial), _internal_call=True)
+            self._wait()
+            if self.args.should_save and trial.is_dir():  # sharded FSDP checkpoints have nothing for the Hub
+                check_readable(trial)
         except (*SAVE_ERRORS, ValueError, TypeError) as error:
             raise UserError(f"output_dir: a trial save to {output_dir} failed ({one_line(error)})") from error
-        self._wait()
         if self.args.should_save:
-            if trial.is_dir():  # FSDP with sharded checkpoints has nothing to save for the Hub
-                AutoConfig.from_pretrained(str(trial), trust_remote_code=False)
             remove_unfinished(output_dir)
             logger.info("A trial save to %s succeeded.", output_dir)
+
+    def _bytes_to_save(self, output_dir: Path) -> int:
+        """Bytes that the disk must still hold at once: the result, or two checkpoints less one that lies there."""
+        trained = [item for item in self.model.parameters() if item.requires_grad]
+        saved = trained if self._is_lora() else self.model.parameters()
+        weights = sum(number_of_elements(item) * item.element_size() for item in saved)
+        if self.args.save_strategy == "no":
+            return weights
+        optimizer = 0 if self.args.save_only_model else OPTIMIZER_BYTES * sum(map(number_of_elements, trained))
+        return (weights + optimizer) * (1 if last_finished_checkpoint(output_dir) else 2)
 
     def _wait(self) -> None:
         if self.args.world_size > 1:
@@ -219,7 +246,12 @@ class DeltaLlavaTrainer(Trainer):
             super().save_model(output_dir, _internal_call=_internal_call)
             return
         written = run_folder / UNFINISHED_FOLDER / "result"
-        super().save_model(str(written), _internal_call=True)
+        try:
+            super().save_model(str(written), _internal_call=True)
+        except SAVE_ERRORS:
+            if self.args.should_save:
+                remove_unfinished(run_folder)
+            raise
         self._wait()
         if self.args.should_save and written.is_dir():  # FSDP with sharded checkpoints has nothing to save for the Hub
             move_result(written, run_folder)
@@ -249,18 +281,19 @@ class DeltaLlavaTrainer(Trainer):
             self.args.save_total_limit = limit
         self._wait()
         unfinished = final_dir / UNFINISHED_FOLDER / name
-        if self.args.should_save:
-            best = final_dir / f"checkpoint-{self.state.best_global_step}"
-            if best.name == name or best.is_dir():
-                self.state.best_model_checkpoint = str(best)
+        best = final_dir / f"checkpoint-{self.state.best_global_step}"
+        if best.name == name or best.is_dir():
+            self.state.best_model_checkpoint = str(best)  # on every rank: each loads the best weights itself
+            if self.args.should_save:
                 self.state.save_to_json(str(unfinished / TRAINER_STATE_FILE))
+        if self.args.should_save:
             if (final_dir / name).exists():
                 os.replace(final_dir / name, final_dir / UNFINISHED_FOLDER / "replaced")
             os.replace(unfinished, final_dir / name)
             remove_unfinished(final_dir)
         self._wait()
         if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(final_dir / name))
+            self._push_checkpoint(final_dir / name)
         if self.args.should_save:
             rotate_checkpoints(
                 output_dir=str(final_dir),
@@ -270,8 +303,36 @@ class DeltaLlavaTrainer(Trainer):
             )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._staging:
-            super()._push_from_checkpoint(checkpoint_folder)
+        """Nothing: `Trainer` calls this while the checkpoint is still being written."""
+
+    def _push_checkpoint(self, checkpoint: Path) -> None:
+        """Puts the Hub files of a finished checkpoint into the run's folder and uploads them in the background.
+
+        `Trainer` would copy the weights without the model's code, and file by file.
+        """
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if is_busy and not self.args.hub_always_push:
+            return
+        self._finish_current_push()  # it reads the files that are replaced now
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        run_folder = Path(self.args.output_dir)
+        written = run_folder / UNFINISHED_FOLDER / "result"
+        copy_hub_files(checkpoint, written)
+        move_result(written, run_folder)
+        remove_unfinished(run_folder)
+        common = {"token": self.args.hub_token, "revision": self.args.hub_revision, "run_as_future": True}
+        message = f"Training in progress, step {self.state.global_step}"
+        uploads = [{"folder_path": run_folder, "commit_message": message, "ignore_patterns": ["_*", "checkpoint-*"]}]
+        if self.args.hub_strategy != HubStrategy.EVERY_SAVE:
+            name = "last-checkpoint" if self.args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
+            uploads.append(
+                {"folder_path": checkpoint, "path_in_repo": name, "commit_message": f"{message}, checkpoint"}
+            )
+        self.push_in_progress = PushInProgress(
+            [huggingface_hub.upload_folder(repo_id=self.hub_model_id, **upload, **common) for upload in uploads]
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
@@ -280,7 +341,10 @@ class DeltaLlavaTrainer(Trainer):
         super()._save(str(folder), state_dict=state_dict)
         if self.args.should_save:
             if not (folder / "config.json").is_file():
-                self.model.config.save_pretrained(folder)
+                # Beside an adapter, for `convert`: it merges into the weights as they were before quantisation.
+                config = copy.deepcopy(self.model.config)
+                vars(config).pop("quantization_config", None)
+                config.save_pretrained(folder)
             write_settings(folder, self.settings)
             self._write_card(folder)
 

@@ -13,6 +13,19 @@ from modeling_delta_llava.finetuning.run import prepare
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+class Recorder:
+    """A collator that remembers the budget of each batch."""
+
+    def __init__(self, collator):
+        self.collator = collator
+        self.budgets = []
+
+    def __call__(self, examples):
+        (budget,) = {example.num_visual_tokens for example in examples}
+        self.budgets.append(budget)
+        return self.collator(examples)
+
+
 def trained(arguments):
     """Runs the training and gives the trainer back."""
     trainer, checkpoint = prepare(arguments)

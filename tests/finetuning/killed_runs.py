@@ -17,7 +17,7 @@ from modeling_delta_llava.finetuning.checkpoints import UNFINISHED_FOLDER, last_
 from modeling_delta_llava.finetuning.run import prepare
 
 # Files of the result on their way into the run's folder.
-RESULT = f"{UNFINISHED_FOLDER}/result/"
+RESULT = f"{UNFINISHED_FOLDER}/moving/"
 FILE_EVENTS = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.rmtree")
 
 

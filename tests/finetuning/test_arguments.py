@@ -13,6 +13,7 @@ from modeling_delta_llava.finetuning.arguments import (
     parse_overrides,
     read_settings,
 )
+from modeling_delta_llava.finetuning.checkpoints import check_identity, write_settings
 
 MINIMAL = {"model": "m", "data_path": "d.json", "output_dir": "o", "use_cpu": True}
 
@@ -72,6 +73,10 @@ BAD_SETTINGS = {
     "no data": ({"data_path": None}, "no data_path"),
     "no output": ({"output_dir": None}, "no output_dir"),
     "no length": ({"max_length": 0}, "at least 1"),
+    "unknown logger": ({"report_to": "foo"}, "report_to: foo is not supported"),
+    "missing logger": ({"report_to": ["clearml"]}, "report_to: .*'clearml' to be installed"),
+    "other grouping": ({"train_sampling_strategy": "group_by_length"}, "set group_by_modality_length: true"),
+    "other balancing": ({"train_sampling_strategy": "batch_rebalance"}, "set group_by_modality_length: true"),
     "refused by transformers": ({"load_best_model_at_end": True}, "(?i)save and eval strategy"),
 }
 
@@ -81,6 +86,41 @@ def test_bad_settings(changes, words):
     with pytest.raises(UserError, match=words) as raised:
         build_arguments({**MINIMAL, **changes}, where="run.yaml")
     assert "\n" not in str(raised.value)
+
+
+def test_a_run_is_told_by_what_its_settings_mean(tmp_path):
+    """Defaults said aloud and other splits of a batch are the same run; checkpoints may come from before a setting."""
+    given = {**MINIMAL, "visual_token_budgets": [4, 1]}
+    write_settings(tmp_path, build_arguments(given).settings)
+    split = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    for same in (
+        {},
+        {"seed": 42, "max_length": 2048, "lora_rank": "0"},
+        split,
+        {"learning_rate": 1.0, "save_steps": 7},
+    ):
+        check_identity(tmp_path, build_arguments({**given, **same}).settings)
+    different = {
+        "visual_token_budgets": [4],
+        "visual_token_budget_weights": [2, 1],
+        "num_visual_tokens": 4,
+        "image_folder": "elsewhere",
+        "image_aspect_ratio": "square",
+        "max_length": 100,
+        "group_by_modality_length": True,
+        "train_sampling_strategy": "sequential",
+        "seed": 7,
+        "data_seed": 7,
+    }
+    for name, value in different.items():
+        with pytest.raises(UserError, match=f"belongs to another run: {name} differ"):
+            check_identity(tmp_path, build_arguments({**given, name: value}).settings)
+    with pytest.raises(UserError, match=r"total_batch_size differ \(total_batch_size was 8, now 16\)"):
+        check_identity(tmp_path, build_arguments({**given, "gradient_accumulation_steps": 2}).settings)
+    write_settings(tmp_path, MINIMAL)
+    check_identity(tmp_path, build_arguments({**given, "seed": 7}).settings)
+    with pytest.raises(UserError, match="model differ"):
+        check_identity(tmp_path, build_arguments({**given, "model": "n"}).settings)
 
 
 def test_bad_files(tmp_path):

@@ -1,5 +1,8 @@
 """Batches: padding, pictures, budgets, and what is left out."""
 
+import itertools
+import json
+
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ from modeling_delta_llava.finetuning.data import (
     ConversationDataset,
     DrawnIndex,
     SkippedExample,
+    StreamedDataset,
     check_rows,
     load_rows,
     missing_images,
@@ -69,6 +73,25 @@ def test_a_batch_of_nothing_still_runs(processor, model):
     assert batch.pop(SKIPPED_KEY) == ["a", "b"]
     output = model(**batch, num_items_in_batch=torch.tensor(1))
     assert output.loss == 0
+
+
+def test_bad_lines_of_a_stream_are_named_with_their_line(dataset, tmp_path):
+    row = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join([json.dumps(row), "", "{oops}", json.dumps({**row, "image": ["a", "b"]})]))
+
+    def streamed(policy):
+        rows = load_rows(str(file), streaming=True)
+        return iter(StreamedDataset(rows, dataset, "data.jsonl", block_size=2, on_bad_row=policy))
+
+    stream = streamed("stop")
+    next(stream)
+    with pytest.raises(UserError, match=r"data\.jsonl: line 3: no JSON .*on_bad_row skip"):
+        next(stream)
+    _, broken, bad, again = itertools.islice(streamed("skip"), 4)
+    assert broken.reason.startswith("data.jsonl: line 3: no JSON")
+    assert bad.reason.startswith("data.jsonl: line 4: the text has 0 <image>")
+    assert not isinstance(again, SkippedExample)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from modeling_delta_llava.errors import UserError
-from modeling_delta_llava.finetuning.data import PackedRows, check_rows, load_rows
+from modeling_delta_llava.finetuning.data import PackedRows, StreamedDataset, check_rows, load_rows
 from modeling_delta_llava.finetuning.rows import RowError, line_of_row, parse_row, read_json_rows
 
 
@@ -129,6 +129,35 @@ def test_broken_json_is_named_with_its_line(tmp_path):
     (tmp_path / "b.json").write_text('{"conversations": []}')
     with pytest.raises(UserError, match="list of rows"):
         read_json_rows(tmp_path / "b.json")
+
+
+def test_broken_lines_are_skipped_and_named_when_asked_for(tmp_path):
+    good = json.dumps({"conversations": turns("a", "b")})
+    file = tmp_path / "a.jsonl"
+    file.write_text(f"{good}\n\n{{oops}}\n{good}\n")
+    with pytest.raises(UserError, match=r"line 3 is no JSON .*on_bad_row skip"):
+        load_rows(str(file))
+    rows, messages = check_rows(load_rows(str(file), on_bad_row="skip"), "skip")
+    assert len(rows) == 2
+    (message,) = messages
+    assert "a.jsonl: line 3 (row 1): no JSON" in message
+
+
+def test_a_stream_repeats_its_rows_and_says_which_pass_begins(tmp_path):
+    class Rows:
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+        def __iter__(self):
+            return iter([f"{self.epoch}a", f"{self.epoch}b"])
+
+    placed = StreamedDataset(Rows(), None, "pets", block_size=1).placed_rows()
+    names = ["pets: row 0", "pets: row 1"] * 2
+    assert [next(placed) for _ in range(4)] == list(zip(names, ["0a", "0b", "1a", "1b"], strict=True))
+    (tmp_path / "empty.jsonl").write_text("\n")
+    empty = StreamedDataset(load_rows(str(tmp_path / "empty.jsonl"), streaming=True), None, "empty", block_size=1)
+    with pytest.raises(UserError, match="empty: no rows"):
+        next(empty.placed_rows())
 
 
 def test_missing_and_unreadable_files(tmp_path):

@@ -1,12 +1,14 @@
 """Two CPU processes (gloo) give the losses and weights of one: DDP, DeepSpeed ZeRO-2 and ZeRO-3, FSDP2."""
 
 import json
+import re
 
 import pytest
 import torch
 
 from modeling_delta_llava.finetuning.run import prepare
 from modeling_delta_llava.modeling_delta_llava import DeltaLlavaForConditionalGeneration
+from tests.finetuning.conftest import write_data
 from tests.finetuning.helpers import REPOSITORY, assert_same_weights, losses, python, trained, weights
 from tests.training_layout import TrainingLayout, write_base_model, write_tower
 
@@ -29,6 +31,7 @@ def two_processes(folder, themes, **variables):
     command = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, file)
     ended = python(*command, USE_LIBUV="0", **variables)
     assert ended.returncode == 0, ended.stderr
+    return ended
 
 
 def saved_weights(folder):
@@ -48,10 +51,34 @@ def plain_step(arguments):
     return loss.item(), weights(model)
 
 
-def test_ddp_and_fsdp2_equal_one_process(settings, arguments, tmp_path):
-    """DDP: plain, elastic with accumulation, and resumed. FSDP2: a step on a mesh, and the gathered save."""
+def test_ddp_and_fsdp2_equal_one_process(settings, arguments, data_folder, tmp_path):
+    """DDP: plain, elastic with accumulation, and resumed. FSDP2: a step on a mesh, and the gathered save.
+
+    A stream is repeated in whole steps, every rank loads the best weights, and rows left out on any rank are named.
+    """
     common = {**settings, "per_device_train_batch_size": 2, "output_dir": str(tmp_path / "plain")}
     elastic = {**common, **ELASTIC, "output_dir": str(tmp_path / "elastic")}
+    rows = json.loads((data_folder / "data.json").read_text())[:14]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    streamed = {
+        "data_path": str(tmp_path / "rows.jsonl"),
+        "streaming": True,
+        "max_steps": 5,
+        "visual_token_budgets": [16, 4, 1],
+    }
+    broken = write_data(tmp_path / "broken")
+    for name in ("0.png", "4.png"):  # rows 0 and 4 go to different ranks below
+        (tmp_path / "broken" / "images" / name).write_text("no picture")
+    best = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "eval_data_path": settings["data_path"],
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,
+    }
     themes = [
         {"theme": "train", "settings": common},
         {"theme": "train", "settings": elastic},
@@ -61,10 +88,27 @@ def test_ddp_and_fsdp2_equal_one_process(settings, arguments, tmp_path):
             "forget": str(tmp_path / "elastic" / "checkpoint-4"),
         },
         {"theme": "shard", "settings": common},
+        {"theme": "train", "settings": {**common, **streamed, "output_dir": str(tmp_path / "streamed")}},
+        {"theme": "train", "settings": {**common, **best, "output_dir": str(tmp_path / "best")}},
+        {
+            "theme": "run",
+            "settings": {
+                **common,
+                "data_path": str(broken),
+                "image_folder": str(tmp_path / "broken" / "images"),
+                "on_broken_image": "skip",
+                "train_sampling_strategy": "sequential",
+                "per_device_train_batch_size": 4,
+                "max_steps": 1,
+                "log_level": "warning",
+                "log_level_replica": "warning",
+                "output_dir": str(tmp_path / "skipping"),
+            },
+        },
     ]
     for number, theme in enumerate(themes):
         theme["result"] = str(tmp_path / f"result{number}")
-    two_processes(tmp_path, themes)
+    log = two_processes(tmp_path, themes).stderr
 
     plain, whole, resumed = (torch.load(theme["result"]) for theme in themes[:3])
     assert plain["engine"] == whole["engine"] == "DistributedDataParallel"
@@ -84,6 +128,20 @@ def test_ddp_and_fsdp2_equal_one_process(settings, arguments, tmp_path):
     sharded = tmp_path / "result3"
     assert torch.load(sharded / "loss.pt")["loss"] == pytest.approx(loss, rel=1e-5)
     assert_same_weights(saved_weights(sharded), stepped, atol=1e-4, rtol=1e-3)
+    assert (sharded / "modeling_delta_llava.py").is_file()
+
+    one = trained(arguments(**streamed, output_dir=str(tmp_path / "streamed-one")))
+    two = torch.load(themes[4]["result"])
+    assert two["losses"] == pytest.approx(losses(one), rel=1e-5)
+    assert two["budgets"][0][:5] == two["budgets"][1][:5]
+
+    first = str(tmp_path / "best" / "checkpoint-2")  # the highest loss was asked for
+    assert torch.load(themes[5]["result"])["best"] == (first, first)
+    assert_same_weights(saved_weights(tmp_path / "best"), saved_weights(first), atol=0, rtol=0)
+
+    named = " ".join(line for line in log.splitlines() if line.startswith("left out: "))
+    assert sorted(re.findall(r"images/(\d)\.png", named)) == ["0", "4"]
+    assert log.count("2 rows were left out: ") == 1
 
 
 def zero(stage, folder):

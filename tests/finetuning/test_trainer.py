@@ -1,5 +1,7 @@
 """What a training run computes: equal to a plain loop, to other splits of the batch, and to itself when resumed."""
 
+import hashlib
+import itertools
 import json
 import logging
 import shutil
@@ -12,11 +14,13 @@ from modeling_delta_llava.errors import UserError
 from modeling_delta_llava.finetuning.checkpoints import UNFINISHED_FOLDER, last_finished_checkpoint
 from modeling_delta_llava.finetuning.parts import PROJECTOR, VISION_TOWER, count_parts, part_of
 from modeling_delta_llava.finetuning.run import prepare, run
+from modeling_delta_llava.finetuning.samplers import BudgetDraw
 from modeling_delta_llava.modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from modeling_delta_llava.processing_delta_llava import DeltaLlavaProcessor
 from tests import tiny
 from tests.finetuning.conftest import write_data
-from tests.finetuning.helpers import assert_same_weights, losses, trained, weights
+from tests.finetuning.helpers import Recorder, assert_same_weights, losses, python, trained, weights, write_config
+from tests.hub_cards.local_hub import LocalHub
 
 
 def plain_step(folder, rows, image_folder, rate):
@@ -153,6 +157,20 @@ def test_learning_rate_of_the_projector_is_logged(arguments):
     assert logged == [5e-4] * 4
 
 
+def test_without_a_trained_projector_no_rate_of_it_is_logged(arguments):
+    trainer = trained(arguments(projector_learning_rate=5e-4, train_projector=False, max_steps=1))
+    assert len(losses(trainer)) == 1
+    assert not any("projector_learning_rate" in entry for entry in trainer.state.log_history)
+
+
+def test_a_resumed_run_keeps_and_logs_the_rate_of_its_checkpoint(arguments, tmp_path):
+    common = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2}
+    trained(arguments(projector_learning_rate=5e-4, **common))
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    resumed = trained(arguments(projector_learning_rate=1e-4, **common, resume_from_checkpoint="true"))
+    assert [entry["projector_learning_rate"] for entry in resumed.state.log_history if "loss" in entry] == [5e-4] * 4
+
+
 RESUMED = {
     "mid-epoch": (3, {}),
     "after an epoch, elastic, grouped": (4, {"visual_token_budgets": [16, 4, 1], "group_by_modality_length": True}),
@@ -186,6 +204,30 @@ def test_resumed_equals_uninterrupted(arguments, tmp_path, stop, changes):
     assert resumed.state.global_step == 8
     assert losses(resumed) == losses(whole)
     assert_same_weights(weights(whole.model), weights(resumed.model), atol=0, rtol=0)
+
+
+def test_a_finished_run_takes_no_more_steps(arguments):
+    """Three of the four steps of an epoch were asked for, and taken."""
+    common = {"max_steps": 3, "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 3}
+    whole = trained(arguments(**common))
+    again = trained(arguments(**common, resume_from_checkpoint="true"))
+    assert again.state.global_step == whole.state.global_step == 3
+    assert_same_weights(weights(whole.model), weights(again.model), atol=0, rtol=0)
+
+
+def test_the_best_model_is_what_is_saved(arguments, data_folder):
+    """The highest evaluation loss is asked for, so that the first checkpoint is the best."""
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "eval_data_path": str(data_folder / "data.json")}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    folder = run(arguments(**evaluated, **best, save_strategy="steps", save_steps=2))
+    saved, first, last = (
+        weights(DeltaLlavaForConditionalGeneration.from_pretrained(folder / name))
+        for name in (".", "checkpoint-2", "checkpoint-4")
+    )
+    assert_same_weights(saved, first, atol=0, rtol=0)
+    assert not torch.equal(saved["lm_head.weight"], last["lm_head.weight"])
+    state = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(folder / "checkpoint-2")
 
 
 def test_a_run_in_place_is_not_overwritten_by_accident(arguments):
@@ -229,6 +271,33 @@ def test_every_save_is_a_whole_hub_folder(arguments, data_folder):
         assert str(folder) not in card
 
 
+def test_every_push_during_training_is_a_whole_model(settings, tmp_path):
+    """Each commit has code and card beside the weights of its step, and the checkpoint to resume from."""
+    changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "push_to_hub": True}
+    pushed = {"hub_model_id": "user/pushed", "hub_strategy": "checkpoint", "hub_always_push": True}
+    config = write_config(tmp_path / "run.yaml", {**settings, **changes, **pushed})
+    with LocalHub(tmp_path / "hub") as hub:
+        environment = hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
+        ran = python("-m", "modeling_delta_llava.finetuning", config, **environment)
+        assert ran.returncode == 0, ran.stderr
+        history = hub.repos["user/pushed"].history()
+    for step in (2, 4):
+        checkpoint = tmp_path / "run" / f"checkpoint-{step}"
+        commit = next(commit for commit in history if commit.title == f"Training in progress, step {step}")
+        to_resume = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "_finetuning.yaml"}
+        files = {path.name for path in checkpoint.iterdir()}
+        assert to_resume | {"modeling_delta_llava.py", "README.md", "processor_config.json"} <= files
+        pushed_files = {name for name in commit.tree if "/" not in name}
+        assert pushed_files == files - to_resume | {".gitattributes"}
+        sha256 = hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
+        assert commit.tree["model.safetensors"].sha256 == sha256
+    assert (
+        history[0].tree["last-checkpoint/trainer_state.json"].content
+        == (tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_bytes()
+    )
+    assert not (tmp_path / "run" / UNFINISHED_FOLDER).exists()
+
+
 def test_evaluation_runs_through_trainer(arguments, data_folder):
     trainer = trained(arguments(eval_strategy="steps", eval_steps=2, eval_data_path=str(data_folder / "data.json")))
     evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -255,14 +324,23 @@ def test_compiled_training_computes_the_same(arguments, tmp_path):
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "sgd", "adafactor"])
-def test_other_optimizers(arguments, optimizer):
-    trainer = trained(arguments(optim=optimizer, projector_learning_rate=1e-3))
-    assert all(loss > 0 for loss in losses(trainer))
+# Every step sees all rows, so that the loss can only fall.
+SAME_ROWS = {"per_device_train_batch_size": 16, "num_train_epochs": 4, "lr_scheduler_type": "constant"}
+
+
+@pytest.mark.parametrize(("optimizer", "rate"), [("adamw_torch_fused", 1e-3), ("sgd", 0.1), ("adafactor", 1e-3)])
+def test_other_optimizers(arguments, optimizer, rate):
+    trainer = trained(arguments(optim=optimizer, learning_rate=rate, projector_learning_rate=rate / 2, **SAME_ROWS))
+    name = {"adamw_torch_fused": "AdamW", "sgd": "SGD", "adafactor": "Adafactor"}[optimizer]
+    assert type(trainer.optimizer.optimizer).__name__ == name
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {rate, rate / 2}
+    steps = losses(trainer)
+    assert len(steps) == 4
+    assert all(after < before - 0.01 for before, after in itertools.pairwise(steps))
 
 
 def test_bf16_keeps_trained_weights_in_fp32(arguments):
-    trainer, _ = prepare(arguments(bf16=True, train_language_model=False))
+    trainer, _ = prepare(arguments(bf16=True, train_language_model=False, learning_rate=1e-2, **SAME_ROWS))
     dtypes = {part_of(name): set() for name, _ in trainer.model.named_parameters()}
     for name, parameter in trainer.model.named_parameters():
         dtypes[part_of(name)].add(parameter.dtype)
@@ -272,7 +350,7 @@ def test_bf16_keeps_trained_weights_in_fp32(arguments):
         "language model": {torch.bfloat16},
     }
     trainer.train()
-    assert losses(trainer)[-1] < losses(trainer)[0] * 1.5
+    assert losses(trainer)[-1] < losses(trainer)[0] - 0.05
 
 
 def test_skipped_rows_are_counted_in_the_log(arguments, tmp_path):
@@ -315,6 +393,32 @@ def test_streaming_keeps_order_and_budgets(arguments, data_folder, tmp_path, wor
         )
     )
     assert losses(streamed) == pytest.approx(losses(in_order), rel=1e-6)
+
+
+def test_a_stream_resumed_in_its_second_pass_equals_uninterrupted(arguments, data_folder, tmp_path):
+    """Ten rows and four a step: later passes begin within a step, and budgets are drawn on."""
+    rows = json.loads((data_folder / "data.json").read_text())[:10]
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    common = {
+        "data_path": str(tmp_path / "data.jsonl"),
+        "streaming": True,
+        "max_steps": 6,
+        "visual_token_budgets": [16, 4, 1],
+        "save_strategy": "steps",
+        "save_steps": 4,
+    }
+    runs = []
+    for resume in ("auto", "true"):
+        trainer, checkpoint = prepare(arguments(**common, resume_from_checkpoint=resume))
+        recorder = trainer.data_collator = Recorder(trainer.data_collator)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        runs.append((losses(trainer), recorder.budgets[:6], weights(trainer.model)))
+        shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    whole, resumed = runs
+    assert len(whole[0]) == 6
+    assert resumed[0] == whole[0]
+    assert whole[1] == resumed[1] == [BudgetDraw([16, 4, 1], seed=42)(0, step) for step in range(6)]
+    assert_same_weights(whole[2], resumed[2], atol=0, rtol=0)
 
 
 def test_workers_do_not_change_the_run(arguments, tmp_path):
@@ -395,6 +499,12 @@ def test_bad_folders(arguments, tmp_path, hub_folder):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         run(arguments(output_dir=str(tmp_path / "file")))
+    before = sorted((tmp_path / "llama").iterdir())
+    with pytest.raises(UserError, match="llama is the model to start from"):
+        run(arguments(model=str(tmp_path / "llama"), output_dir=str(tmp_path / "llama")))
+    with pytest.raises(UserError, match="holds a model that `finetune` did not write"):
+        run(arguments(output_dir=str(tmp_path / "llama")))
+    assert sorted((tmp_path / "llama").iterdir()) == before
 
 
 def test_missing_pictures_stop_before_the_first_step(arguments, tmp_path):

@@ -12,24 +12,12 @@ import torch
 import torch.distributed as dist
 
 from modeling_delta_llava.finetuning.arguments import build_arguments
-from modeling_delta_llava.finetuning.run import prepare
-
-
-class Recorder:
-    """A collator that remembers the budget of each batch."""
-
-    def __init__(self, collator):
-        self.collator = collator
-        self.budgets = []
-
-    def __call__(self, examples):
-        (budget,) = {example.num_visual_tokens for example in examples}
-        self.budgets.append(budget)
-        return self.collator(examples)
+from modeling_delta_llava.finetuning.run import prepare, run
+from tests.finetuning.helpers import Recorder
 
 
 def train(settings, result):
-    """A whole run: losses, weights, and the budgets that every rank drew."""
+    """A whole run: losses, and the budgets that every rank drew and the checkpoint that it took for the best."""
     arguments = build_arguments(settings)
     if arguments.training.deepspeed:
         import deepspeed
@@ -40,16 +28,23 @@ def train(settings, result):
     recorder = trainer.data_collator = Recorder(trainer.data_collator)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model()
-    budgets = [None, None]
-    dist.all_gather_object(budgets, recorder.budgets)
+    ranks = [None, None]
+    dist.all_gather_object(ranks, (recorder.budgets, trainer.state.best_model_checkpoint))
     if trainer.args.process_index == 0:
+        budgets, best = zip(*ranks, strict=True)
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        torch.save({"losses": losses, "budgets": budgets, "engine": type(trainer.model_wrapped).__name__}, result)
+        engine = type(trainer.model_wrapped).__name__
+        torch.save({"losses": losses, "budgets": budgets, "best": best, "engine": engine}, result)
     dist.barrier()
 
 
+def whole_run(settings, result):
+    """As `delta-llava finetune` does it."""
+    run(build_arguments(settings))
+
+
 def shard(settings, result):
-    """One step with FSDP2 on a mesh of CPUs, and the gathered state saved as a Hub folder."""
+    """One step with FSDP2 on a mesh of CPUs, and the gathered state saved by the trainer."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -75,7 +70,7 @@ def shard(settings, result):
     dist.all_reduce(loss.detach_())
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
-        model.save_pretrained(result, state_dict=state)
+        trainer._save(result, state_dict=state)  # as `Trainer.save_model` does where it shards itself
         torch.save({"loss": loss.item() / 2}, f"{result}/loss.pt")
     dist.barrier()
 
@@ -88,7 +83,7 @@ def main():
             if dist.get_rank() == 0:
                 shutil.rmtree(theme["forget"])
             dist.barrier()
-        {"train": train, "shard": shard}[theme["theme"]](theme["settings"], theme["result"])
+        {"train": train, "run": whole_run, "shard": shard}[theme["theme"]](theme["settings"], theme["result"])
     dist.destroy_process_group()
 
 
