@@ -1,6 +1,5 @@
 """Finds the weight files of a folder and lists their tensors, refusing whatever is inconsistent or unsafe."""
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from modeling_delta_llava.conversion.safetensors_files import read_header
 from modeling_delta_llava.conversion.tensors import StoredTensor
 from modeling_delta_llava.conversion.torch_files import read_torch_file
 from modeling_delta_llava.errors import UserError
+from modeling_delta_llava.json_files import read_json
 
 WEIGHT_STEMS = (("model", "safetensors"), ("pytorch_model", "bin"))
 ZERO3_HINT = (
@@ -28,10 +28,6 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]
     files: list[Path]
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def require_folder(path: Path, role: str) -> Path:
@@ -56,7 +52,8 @@ def file_inside(folder: Path, name: str, why: str) -> Path:
     Raises:
         UserError: the name or a link leaves the folder. `why` says who asked for the file.
     """
-    if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
+    parts = Path(name).parts if isinstance(name, str) and name.isprintable() else ()
+    if not parts or ".." in parts or Path(name).is_absolute():
         raise UserError(f"{why} names {name!r}, which leaves {folder}: refused")
     path = folder / name
     root = folder.resolve()
@@ -67,27 +64,6 @@ def file_inside(folder: Path, name: str, why: str) -> Path:
     if not any(target.is_relative_to(place) for place in allowed):
         raise UserError(f"{path} is a link that leaves {folder} (to {target}): refused; copy the file into the folder")
     return path
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file.
-
-    Raises:
-        UserError: the file is missing, cannot be read, or is not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: copy or download the folder again") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder: a file is expected") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions and its disk") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): copy or download it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold a JSON object: copy or download it again")
-    return value
 
 
 def read_weight_file(path: Path) -> dict[str, StoredTensor]:
@@ -145,15 +121,27 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     raise UserError(_why_no_weights(folder))
 
 
-def _read_indexed(folder: Path, index: Path) -> Checkpoint:
-    weight_map = read_json(file_inside(folder, index.name, str(folder))).get("weight_map")
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Which file holds each tensor, from `*.index.json`; the files need not be there.
+
+    Raises:
+        UserError: it is damaged, or a name in it leaves its folder.
+    """
+    weight_map = read_json(file_inside(index.parent, index.name, str(index.parent))).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map: save the checkpoint again")
     odd = next((key for key, name in weight_map.items() if not isinstance(name, str)), None)
     if odd is not None:
         raise UserError(f"{index} names no file for tensor {odd!r}: save the checkpoint again")
+    for name in dict.fromkeys(weight_map.values()):
+        file_inside(index.parent, name, str(index))
+    return weight_map
+
+
+def _read_indexed(folder: Path, index: Path) -> Checkpoint:
+    weight_map = read_weight_map(index)
     names = list(dict.fromkeys(weight_map.values()))
-    files = [file_inside(folder, name, str(index)) for name in names]
+    files = [folder / name for name in names]
     missing = [path.name for path in files if not path.is_file()]
     if missing:
         raise UserError(f"{folder} lacks {', '.join(missing)}, which {index.name} names: download or copy it again")

@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
-from modeling_delta_llava.conversion.checkpoints import read_json
+from modeling_delta_llava.configuration_delta_llava import DEFAULT_VISION_CONFIG, DeltaLlavaConfig
 from modeling_delta_llava.conversion.forms import PLAIN
 from modeling_delta_llava.conversion.tensors import DTYPES
 from modeling_delta_llava.errors import UserError
+from modeling_delta_llava.json_files import read_json
 
 # Fields of a training config that describe the multimodal part or the run; the rest is the language model's.
 _TRAINING_FIELDS = re.compile(
@@ -35,22 +36,9 @@ _ARCHITECTURES = {
     "qwen3": "LlavaQwen3ForCausalLM",
     "seed_oss": "LlavaSeedOssForCausalLM",
 }
-# The four memory layers are written into the training code, which therefore only fits towers of 24 layers.
-RELEASED_MEMORY_LAYERS = [12, 16, 22, 23]
-RELEASED_TOWER_LAYERS = 24
 # Configurations of towers that are known by name, for checkpoints that carry the tower's weights and are converted
 # where the Hub cannot be reached.
-RELEASED_TOWER = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-    "projection_dim": 768,
-    "hidden_act": "quick_gelu",
-}
+RELEASED_TOWER = DEFAULT_VISION_CONFIG | {"hidden_act": "quick_gelu"}
 KNOWN_TOWERS = {"clip-vit-large-patch14-336": RELEASED_TOWER}
 
 
@@ -150,57 +138,62 @@ def build_config(
         if text_config.model_type == "gemma":
             raise UserError(f"{where}: an MLP projector on Gemma has no native LLaVA form (its embeddings are scaled)")
         strategy = "full" if training.get("mm_vision_select_feature") == "cls_patch" else "default"
-        patches = (vision_config.image_size // vision_config.patch_size) ** 2
-        return LlavaConfig(
-            vision_config=vision_config,
-            text_config=text_config,
-            image_token_index=image_token_id,
-            projector_hidden_act="gelu",
-            vision_feature_select_strategy=strategy,
-            vision_feature_layer=query_layer,
-            image_seq_length=patches + (strategy == "full"),
-            multimodal_projector_bias=True,
-            tie_word_embeddings=tied,
-        )
+        fields = {
+            "vision_config": vision_config,
+            "text_config": text_config,
+            "image_token_index": image_token_id,
+            "projector_hidden_act": "gelu",
+            "vision_feature_select_strategy": strategy,
+            "vision_feature_layer": query_layer,
+            "image_seq_length": _grid_side(vision_config, where) ** 2 + (strategy == "full"),
+            "multimodal_projector_bias": True,
+            "tie_word_embeddings": tied,
+        }
+        return _checked_config(LlavaConfig, fields, where)
     if training.get("model_type") == "delta_llava":
         fields = _without_meta(training) | {"vision_config": vision_config, "text_config": text_config}
         for name in ("model_type", "auto_map", "image_token_index"):
             fields.pop(name, None)
-        return _checked_config({**fields, "image_token_id": image_token_id}, where)
+        return _checked_config(DeltaLlavaConfig, {**fields, "image_token_id": image_token_id}, where)
     if training.get("mm_vision_select_feature", "patch") != "patch":
         raise UserError(f"{where} keeps the class token (mm_vision_select_feature), which the Delta projector cannot")
-    released = vision_config.num_hidden_layers == RELEASED_TOWER_LAYERS
     tokens = _visual_tokens(training, vision_config, where)
     # Training's transformers scaled Gemma's input embeddings after the pictures were spliced in, pictures included.
     scale = text_config.hidden_size**0.5 if text_config.model_type == "gemma" else 1.0
-    return _checked_config(
-        {
-            "vision_config": vision_config,
-            "text_config": text_config,
-            "image_token_id": image_token_id,
-            "num_visual_tokens": tokens,
-            "trained_num_visual_tokens": [tokens],
-            "query_feature_layer": query_layer,
-            "memory_feature_layers": RELEASED_MEMORY_LAYERS if released else None,
-            "tie_word_embeddings": tied,
-            "visual_token_scale": scale,
-        },
-        where,
-    )
+    fields = {
+        "vision_config": vision_config,
+        "text_config": text_config,
+        "image_token_id": image_token_id,
+        "num_visual_tokens": tokens,
+        "trained_num_visual_tokens": [tokens],
+        "query_feature_layer": query_layer,
+        "tie_word_embeddings": tied,
+        "visual_token_scale": scale,
+    }
+    return _checked_config(DeltaLlavaConfig, fields, where)
 
 
-def _checked_config(fields: dict, where: Path):
-    from modeling_delta_llava.configuration_delta_llava import DeltaLlavaConfig
-
+def _checked_config(config_class: type, fields: dict, where: Path):
     try:
-        return DeltaLlavaConfig(**fields)
-    # The config is strict: its checks arrive wrapped in huggingface_hub's own error classes.
+        return config_class(**fields)
+    # Configs are strict: their checks arrive wrapped in huggingface_hub's own error classes.
     except Exception as error:
         raise UserError(f"{where} describes an impossible model: {' '.join(str(error).split())[:300]}") from error
 
 
+def _grid_side(vision_config, where: Path) -> int:
+    """Patches along one side of the tower's image."""
+    image, patch = getattr(vision_config, "image_size", None), getattr(vision_config, "patch_size", None)
+    if type(image) is not int or type(patch) is not int or not 0 < patch <= image:
+        raise UserError(
+            f"{where}: the vision tower has image_size {image!r} and patch_size {patch!r}, which make no grid of "
+            "patches; give another --vision-tower"
+        )
+    return image // patch
+
+
 def _visual_tokens(training: dict, vision_config, where: Path) -> int:
-    factor, grid = training.get("scale_factor"), vision_config.image_size // vision_config.patch_size
+    factor, grid = training.get("scale_factor"), _grid_side(vision_config, where)
     if type(factor) is not int or factor < 1 or grid % factor:
         raise UserError(f"{where} has scale_factor {factor!r}: a divisor of the {grid} x {grid} patch grid is needed")
     return (grid // factor) ** 2

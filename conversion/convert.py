@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modeling_delta_llava.conversion import forms
-from modeling_delta_llava.conversion.checkpoints import file_inside, read_json
+from modeling_delta_llava.conversion.checkpoints import file_inside
 from modeling_delta_llava.conversion.entries import json_bytes
 from modeling_delta_llava.conversion.generation import generation_fields
 from modeling_delta_llava.conversion.plan import Options, Plan, make_plan
+from modeling_delta_llava.conversion.record import RECORD_FILE, TRAINING_FOLDER, read_record
 from modeling_delta_llava.conversion.sources import is_hub_id
 from modeling_delta_llava.conversion.streams import (
     BUFFER_BYTES,
@@ -23,7 +24,7 @@ from modeling_delta_llava.conversion.streams import (
     Span,
     TensorStream,
 )
-from modeling_delta_llava.conversion.tensors import format_bytes
+from modeling_delta_llava.conversion.tensors import format_bytes, item_size
 from modeling_delta_llava.conversion.workspace import (
     check_output,
     check_space,
@@ -33,10 +34,8 @@ from modeling_delta_llava.conversion.workspace import (
 )
 from modeling_delta_llava.conversion.writer import parse_size, plan_shards, write_shards
 from modeling_delta_llava.errors import UserError
+from modeling_delta_llava.json_files import read_json
 
-# In the Hub folder: what training wrote beside the weights, as `delta-llava export` puts it back.
-TRAINING_FOLDER = "training"
-RECORD_FILE = "record.json"
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -169,27 +168,28 @@ def write_small_files(plan: Plan, folder: Path) -> None:
         raise UserError(f"{path} makes no image processor ({error}): copy the tower's own there") from error
     processor.save_pretrained(folder)
     GenerationConfig(**fields).save_pretrained(folder)
-    _keep_training_files(plan, folder / TRAINING_FOLDER)
+    _keep_training_files(plan, folder)
 
 
-def _keep_training_files(plan: Plan, kept: Path) -> None:
+def _keep_training_files(plan: Plan, folder: Path) -> None:
     """What export needs: a training checkpoint's tokenizer, generation config and record, or those kept before."""
-    earlier = plan.folders["SOURCE"] / TRAINING_FOLDER
-    if plan.form == forms.FINETUNED and (earlier / RECORD_FILE).is_file():
-        tokenizer_folder, generation_file = earlier, earlier / "generation_config.json"
-        record = read_json(earlier / RECORD_FILE)
+    source = plan.folders["SOURCE"]
+    record = read_record(source) if plan.form == forms.FINETUNED else None
+    if record is not None:
+        files = [(source, f"{TRAINING_FOLDER}/{name}") for name in (*TOKENIZER_FILES, "generation_config.json")]
     elif plan.form != forms.FINETUNED and plan.training.get("model_type") != "delta_llava":
-        tokenizer_folder, generation_file, record = plan.tokenizer_folder, plan.generation_file, plan.record
+        record = plan.record
+        files = [(plan.tokenizer_folder, name) for name in TOKENIZER_FILES]
+        if plan.generation_file is not None:
+            files.append((plan.generation_file.parent, plan.generation_file.name))
     else:
         return
-    kept.mkdir()
-    for name in TOKENIZER_FILES:
-        if (tokenizer_folder / name).is_file():
-            shutil.copyfile(file_inside(tokenizer_folder, name, "the tokenizer"), kept / name)
-    if generation_file is not None and generation_file.is_file():
-        path = file_inside(generation_file.parent, generation_file.name, "SOURCE")
-        shutil.copyfile(path, kept / "generation_config.json")
-    (kept / RECORD_FILE).write_bytes(json_bytes(record))
+    (folder / TRAINING_FOLDER).mkdir()
+    for root, name in files:
+        if (root / name).is_file():
+            path = file_inside(root, name, "SOURCE")
+            shutil.copyfile(path, folder / TRAINING_FOLDER / path.name)
+    (folder / RECORD_FILE).write_bytes(json_bytes(record))
 
 
 def code_files() -> list[Path]:
@@ -208,10 +208,9 @@ def build_processor(plan: Plan):
     """The processor of the Hub folder: taken over from a folder that has one, or built from tokenizer and tower."""
     from modeling_delta_llava.building import backbone_chat_template, build_image_processor
     from modeling_delta_llava.building import build_processor as build_delta_processor
-    from modeling_delta_llava.processing_delta_llava import DeltaLlavaProcessor
 
-    if plan.processor_folder is not None:
-        return DeltaLlavaProcessor.from_pretrained(plan.processor_folder)
+    if plan.processor is not None:
+        return plan.processor
     aspect_ratio = plan.training.get("image_aspect_ratio") or "square"
     if plan.projector == forms.DELTA:
         return build_delta_processor(plan.config, plan.tokenizer, plan.image_token, plan.preprocessor, aspect_ratio)
@@ -276,8 +275,9 @@ def peak_memory(plan: Plan) -> int:
             if isinstance(piece, LowRankUpdate):
                 blocks.append(3 * 4 * min(piece.count, MERGE_BLOCK_ELEMENTS))
             elif isinstance(piece, Span) and not piece.stored.is_contiguous:
-                blocks.append(2 * piece.stored.nbytes)
-    return now + 3 * BUFFER_BYTES + max(blocks)
+                # Its storage, its rows in order, and once more when the mean of its rows is needed.
+                blocks.append(piece.stored.span * item_size(piece.dtype) + 2 * piece.stored.nbytes)
+    return now + 6 * BUFFER_BYTES + max(blocks)
 
 
 class progress_bar:  # noqa: N801 - used like a function

@@ -1,6 +1,6 @@
 """`delta-llava export`: a Hub folder becomes a training checkpoint again."""
 
-import base64
+import io
 import math
 import shutil
 import time
@@ -9,12 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from modeling_delta_llava.conversion import configs, forms
-from modeling_delta_llava.conversion.checkpoints import file_inside, read_checkpoint, read_json, require_folder
+from modeling_delta_llava.conversion.checkpoints import file_inside, read_checkpoint, require_folder
 from modeling_delta_llava.conversion.convert import (
-    RECORD_FILE,
     SMALL_FILES_BYTES,
     TOKENIZER_FILES,
-    TRAINING_FOLDER,
     Result,
     progress_bar,
     quiet_transformers,
@@ -38,12 +36,14 @@ from modeling_delta_llava.conversion.keys import (
     rename_key,
     step_of_target,
 )
+from modeling_delta_llava.conversion.record import TRAINING_FOLDER, read_record, tensor_bytes
 from modeling_delta_llava.conversion.sources import local_folder
 from modeling_delta_llava.conversion.streams import Literal, OutputTensor, Span, TensorStream, torch_bytes
 from modeling_delta_llava.conversion.tensors import DTYPES, item_size
 from modeling_delta_llava.conversion.workspace import check_output, check_space, interruptible, transaction
 from modeling_delta_llava.conversion.writer import parse_size, write_shards
 from modeling_delta_llava.errors import UserError
+from modeling_delta_llava.json_files import read_json
 
 
 def export(
@@ -77,8 +77,7 @@ def export(
         source = local_folder(folder, "HUB_FOLDER")
         check_output(output, {"HUB_FOLDER": source}, overwrite)
         config, projector = read_hub_config(source)
-        record_path = source / TRAINING_FOLDER / RECORD_FILE
-        record = read_json(record_path) if record_path.is_file() else None
+        record = read_record(source)
         if record is None:
             say("note: this folder was not written by convert: config and tower name are built from its config.json")
         entries = hub_entries(source, config, projector)
@@ -96,7 +95,7 @@ def export(
             (building / "config.json").write_bytes(json_bytes(training))
             with TensorStream(scan=False) as stream, progress_bar(total, "exporting", progress) as advance:
                 if projector_only:
-                    _save_projector(building / forms.PROJECTOR_FILE, tensors, stream)
+                    _save_projector(building / forms.PROJECTOR_FILE, tensors, stream, advance)
                 else:
                     _copy_tokenizer(source, building, say)
                     write_shards(building, tensors, max_shard_bytes, stream, advance)
@@ -155,13 +154,12 @@ def training_tensors(entries: Entries, projector: str, record: dict | None, rows
     tensors = []
     for name, entry in _fused(kept).items():
         tensors.append(OutputTensor(rename_key(name, table), entry.dtype, entry.shape, entry.pieces))
-    if record and record["tied_head_saved"]:
+    if record and record["tied_head_saved"] and HEAD not in kept:
         embedding = kept[EMBEDDING]
         tensors.append(OutputTensor("lm_head.weight", embedding.dtype, embedding.shape, embedding.pieces))
     for key, stored in (record["dropped_tensors"] if record else {}).items():
-        data = base64.b64decode(stored["base64"])
-        shape = tuple(stored["shape"])
-        tensors.append(OutputTensor(key, stored["dtype"], shape, (Literal(data, stored["dtype"]),)))
+        literal = Literal(tensor_bytes(stored), stored["dtype"])
+        tensors.append(OutputTensor(key, literal.dtype, tuple(stored["shape"]), (literal,)))
     return tensors
 
 
@@ -200,14 +198,19 @@ def _fused(entries: Entries) -> Entries:
     return fused
 
 
-def _save_projector(path: Path, tensors: list[OutputTensor], stream: TensorStream) -> None:
+def _save_projector(
+    path: Path, tensors: list[OutputTensor], stream: TensorStream, advance: Callable[[int], object]
+) -> None:
     import torch
 
-    torch.save({tensor.name: load_output(tensor, stream) for tensor in tensors}, path)
+    # In memory first: torch.save answers a full disk with a RuntimeError of many faces, a file with a plain OSError.
+    content = io.BytesIO()
+    torch.save({tensor.name: load_output(tensor, stream, advance) for tensor in tensors}, content)
+    path.write_bytes(content.getbuffer())
 
 
-def load_output(tensor: OutputTensor, stream: TensorStream):
-    """An output tensor as a `torch.Tensor` in memory."""
+def load_output(tensor: OutputTensor, stream: TensorStream, advance: Callable[[int], object] = lambda count: None):
+    """An output tensor as a `torch.Tensor` in memory; `advance` is called with the bytes of each part of it."""
     import torch
 
     values = torch.empty(math.prod(tensor.shape) * item_size(tensor.dtype), dtype=torch.uint8)
@@ -215,17 +218,17 @@ def load_output(tensor: OutputTensor, stream: TensorStream):
     for chunk in stream.chunks(tensor):
         target[position : position + len(chunk)] = chunk
         position += len(chunk)
+        advance(len(chunk))
     return values.view(getattr(torch, DTYPES[tensor.dtype][1])).reshape(tensor.shape)
 
 
 def _copy_tokenizer(source: Path, building: Path, say: Callable[[str], None]) -> None:
     """Tokenizer files as training wrote them, or else the Hub folder's own."""
-    kept = source / TRAINING_FOLDER
-    origin = kept if any((kept / name).is_file() for name in TOKENIZER_FILES) else source
-    if origin is source:
+    origin = TRAINING_FOLDER if any((source / TRAINING_FOLDER / name).is_file() for name in TOKENIZER_FILES) else "."
+    if origin == ".":
         say(
             "note: the tokenizer is the Hub folder's; LLaVA training of a Llama model needs its tokenizer.model beside"
         )
     for name in (*TOKENIZER_FILES, "generation_config.json"):
-        if (origin / name).is_file():
-            shutil.copyfile(file_inside(origin, name, "HUB_FOLDER"), building / name)
+        if (source / origin / name).is_file():
+            shutil.copyfile(file_inside(source, f"{origin}/{name}", "HUB_FOLDER"), building / name)

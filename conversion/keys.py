@@ -195,14 +195,12 @@ class Step(NamedTuple):
     """A change to a tensor itself, on the names that the key table gives.
 
     Attributes:
-        name: what the plan calls it.
         pattern: the tensors it applies to (whole name).
         targets: names of the results, with back-references. Several targets split the rows into equal parts, in
             this order; one target keeps all rows.
         squeeze: drop the two trailing axes of size one (a 1x1 convolution becomes a Linear).
     """
 
-    name: str
     pattern: str
     targets: tuple[str, ...]
     squeeze: bool = False
@@ -218,13 +216,11 @@ class Step(NamedTuple):
 
 
 STEPS = (
-    Step(
-        "split in_proj into q, k, v",
+    Step(  # in_proj holds q, k and v
         r"(model\.multi_modal_projector\.cross_attention)\.qkv_proj\.(weight|bias)",
         (r"\1.q_proj.\2", r"\1.k_proj.\2", r"\1.v_proj.\2"),
     ),
-    Step(
-        "1x1 convolution to Linear",
+    Step(  # 1x1 convolutions are Linears
         r"(model\.multi_modal_projector\.query_block\."
         r"(?:input_proj|local_proj|local_mixer\.out_proj|mlp\.fc1|mlp\.fc2)\.weight)",
         (r"\1",),

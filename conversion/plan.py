@@ -1,6 +1,5 @@
 """Everything a conversion will write, decided and checked before the first byte."""
 
-import base64
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +8,6 @@ from modeling_delta_llava.conversion.checkpoints import (
     Checkpoint,
     file_inside,
     read_checkpoint,
-    read_json,
     read_weight_file,
     refuse_empty,
 )
@@ -39,14 +37,18 @@ from modeling_delta_llava.conversion.keys import (
     describe_keys,
     rename_key,
 )
+from modeling_delta_llava.conversion.record import dropped_tensor
 from modeling_delta_llava.conversion.sources import is_hub_id, local_folder
 from modeling_delta_llava.conversion.streams import LowRankUpdate, OutputTensor, Span, TensorStream, target_dtype
 from modeling_delta_llava.conversion.tensors import StoredTensor
 from modeling_delta_llava.errors import UserError
+from modeling_delta_llava.json_files import read_json
 
 DTYPES = {"keep": None, "bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 # Dropped tensors up to this size (rotary frequencies, position ids) go into the record, so that export restores them.
 RECORDED_BYTES = 64_000
+# What a LoRA run sets in the configuration of its base model.
+BUDGET_FIELDS = ("num_visual_tokens", "trained_num_visual_tokens")
 
 
 @dataclass
@@ -73,7 +75,7 @@ class Plan:
         folders: every folder that is read, by role.
         tokenizer_folder: where the tokenizer came from.
         generation_file: the source's `generation_config.json`, if it has one.
-        processor_folder: a folder with a whole processor, which is taken over; None: one is built.
+        processor: a whole processor that the source brings and that is taken over; None: one is built.
         source_rows: embedding rows before padding.
         record: what export needs to restore the training layout.
     """
@@ -89,7 +91,7 @@ class Plan:
     tokenizer: object
     image_token: str
     tokenizer_folder: Path
-    processor_folder: Path | None
+    processor: object | None
     preprocessor: dict | None
     generation_file: Path | None
     training: dict
@@ -143,6 +145,13 @@ class _Planner:
     def has_own_config(self) -> bool:
         """Whether the configuration is a Hub folder's and not one of training."""
         return self.training.get("model_type") == "delta_llava"
+
+    def _own_part(self, name: str) -> dict:
+        """`text_config` or `vision_config` of a Hub folder's configuration."""
+        fields = self.training.get(name)
+        if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
+            raise UserError(f"{self.config_path} has no {name} with a model_type: copy the whole file again")
+        return dict(fields)
 
     # --- tensors -----------------------------------------------------------------------------------------------------
 
@@ -215,8 +224,10 @@ class _Planner:
             refuse_empty(others_path, others)
             trained |= split_adapter(others, str(others_path))[1]
         forms.refuse_unused_features(self.training, trained, self.folder)
+        budgets = {name: self.training[name] for name in BUDGET_FIELDS if name in self.training}
         entries, base_projector = self.base_model()
         if self.has_own_config:
+            self.training |= budgets
             table: tuple[Rule, ...] = HUB_RULES
         else:
             if not self.training:
@@ -242,7 +253,7 @@ class _Planner:
         inside = any(name.startswith(TOWER) for name in entries)
         wanted = self.options.vision_tower
         if wanted is None and inside and self.has_own_config:
-            return entries, self.training["vision_config"], None
+            return entries, self._own_part("vision_config"), None
         name = wanted or self.training.get("mm_vision_tower")
         if not isinstance(name, str) or not name:
             raise UserError(f"{self.config_path} names no vision tower and none is inside: pass --vision-tower")
@@ -287,12 +298,12 @@ class _Planner:
         readers = {forms.STAGE1: self.stage1, forms.LORA: self.lora}
         entries, vision, preprocessor = self.tower(readers.get(self.form, self.source_model)())
         if self.has_own_config:
-            text = dict(self.training["text_config"])
+            text = self._own_part("text_config")
         else:
             text = configs.text_config_fields(self.training, self.config_path)
         entries = self._without_tied_head(entries, text)
         source_rows = vocabulary_rows(entries)
-        tokenizer, image_token, tokenizer_folder, has_processor = self._tokenizer(text["model_type"])
+        tokenizer, image_token, tokenizer_folder, processor = self._tokenizer(text["model_type"])
         rows = max(source_rows, 1 + max(tokenizer.get_vocab().values()))
         if HEAD in entries:
             rows = max(rows, entries[HEAD].shape[0])
@@ -323,7 +334,7 @@ class _Planner:
             tokenizer=tokenizer,
             image_token=image_token,
             tokenizer_folder=tokenizer_folder,
-            processor_folder=tokenizer_folder if has_processor else None,
+            processor=processor,
             preprocessor=preprocessor,
             generation_file=self._generation_file(tokenizer_folder),
             training=self.training,
@@ -345,7 +356,7 @@ class _Planner:
         return {name: entry for name, entry in entries.items() if name != HEAD}
 
     def _tokenizer(self, model_type: str):
-        """The tokenizer, its image token, its folder, and whether that holds a whole processor of our own."""
+        """The tokenizer, its image token, its folder, and the processor of our own that it belongs to, if any."""
         from modeling_delta_llava.building import load_tokenizer
         from modeling_delta_llava.processing_delta_llava import DeltaLlavaProcessor
 
@@ -353,15 +364,20 @@ class _Planner:
         if self.has_own_config:
             for folder in folders:
                 if (folder / "processor_config.json").exists():
-                    processor = DeltaLlavaProcessor.from_pretrained(folder)
-                    return processor.tokenizer, processor.image_token, folder, True
+                    try:
+                        processor = DeltaLlavaProcessor.from_pretrained(folder)
+                    # Its many parts fail in many ways, the tokenizers library with a plain Exception.
+                    except Exception as error:
+                        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                        raise UserError(
+                            f"the processor in {folder} cannot be used ({reason}): copy its JSON files and "
+                            "its tokenizer again"
+                        ) from error
+                    return processor.tokenizer, processor.image_token, folder, processor
         files = ("tokenizer.model", "tokenizer.json", "vocab.json")
         folder = next((path for path in folders if any((path / name).exists() for name in files)), self.folder)
-        for name in ("tokenizer_config.json", "added_tokens.json"):
-            if (folder / name).exists():
-                read_json(folder / name)  # damaged ones end here, with one line
         length = self.training.get("tokenizer_model_max_length")
-        return *load_tokenizer(folder, model_type, length if isinstance(length, int) else None), folder, False
+        return *load_tokenizer(folder, model_type, length if isinstance(length, int) else None), folder, None
 
     def _generation_file(self, tokenizer_folder: Path) -> Path | None:
         places = (folder / "generation_config.json" for folder in (self.folder, tokenizer_folder))
@@ -384,8 +400,7 @@ class _Planner:
             for key, stored in self.restorable.items():
                 output = OutputTensor(key, stored.dtype, stored.shape, (Span.whole(stored),))
                 data = b"".join(bytes(chunk) for chunk in stream.chunks(output))
-                text = base64.b64encode(data).decode("ascii")
-                dropped[key] = {"dtype": stored.dtype, "shape": list(stored.shape), "base64": text}
+                dropped[key] = dropped_tensor(stored.dtype, stored.shape, data)
         training = dict(self.training)
         tower = self.options.vision_tower or training.get("mm_vision_tower")
         if isinstance(tower, str):
@@ -436,15 +451,20 @@ def _same_bytes(entries: Entries, first: str, second: str) -> bool:
     left, right = entries[first], entries[second]
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
-    if left.source.file == right.source.file and left.source.offset == right.source.offset:
+    places = [(entry.source.file, entry.source.offset, entry.source.strides) for entry in (left, right)]
+    if places[0] == places[1]:
         return not isinstance(left.pieces[0], LowRankUpdate) and not isinstance(right.pieces[0], LowRankUpdate)
     with TensorStream(scan=False) as one, TensorStream(scan=False) as other:
-        pairs = zip(
-            one.chunks(OutputTensor(first, left.dtype, left.shape, left.pieces)),
-            other.chunks(OutputTensor(second, right.dtype, right.shape, right.pieces)),
-            strict=True,
-        )
-        return all(a == b for a, b in pairs)
+        others = other.chunks(OutputTensor(second, right.dtype, right.shape, right.pieces))
+        rest = memoryview(b"")
+        for chunk in one.chunks(OutputTensor(first, left.dtype, left.shape, left.pieces)):
+            while chunk:
+                rest = rest or next(others)
+                count = min(len(chunk), len(rest))
+                if chunk[:count] != rest[:count]:
+                    return False
+                chunk, rest = chunk[count:], rest[count:]
+    return True
 
 
 def _counts(tensors: list[OutputTensor], names: dict[str, str]) -> list[tuple[str, int, int]]:

@@ -135,8 +135,11 @@ def reference_stages(
         the tower's hidden states by name, `projector` (1, V, D) and `logits` (1, T + V + T', vocabulary).
     """
     from transformers import AutoModel, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
-    tower = AutoModel.from_config(config.vision_config, attn_implementation="eager").eval()
+    # Weights that nothing has written to take no memory until they are replaced.
+    with no_init_weights():
+        tower = AutoModel.from_config(config.vision_config, attn_implementation="eager").eval()
     prefix = "model.vision_tower.vision_tower.vision_model."
     _load(tower, {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
     states = tower(pixel_values, output_hidden_states=True).hidden_states
@@ -166,7 +169,8 @@ def reference_stages(
 
     rows = tensors["model.embed_tokens.weight"].shape[0]
     text_config = type(config.text_config).from_dict({**config.text_config.to_dict(), "vocab_size": rows})
-    language_model = AutoModelForCausalLM.from_config(text_config, attn_implementation="eager").eval()
+    with no_init_weights():
+        language_model = AutoModelForCausalLM.from_config(text_config, attn_implementation="eager").eval()
     _load(
         language_model,
         {key: t for key, t in tensors.items() if not key.startswith(("model.mm_projector.", "model.vision_tower."))},

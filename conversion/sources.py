@@ -1,10 +1,10 @@
 """Brings a checkpoint to this machine: a folder as it is, a Hub id by downloading only the files that are needed."""
 
-import json
+import glob
 import re
 from pathlib import Path
 
-from modeling_delta_llava.conversion.checkpoints import file_inside, require_folder
+from modeling_delta_llava.conversion.checkpoints import file_inside, read_weight_map, require_folder
 from modeling_delta_llava.conversion.tensors import format_bytes
 from modeling_delta_llava.conversion.workspace import free_bytes
 from modeling_delta_llava.errors import UserError
@@ -46,7 +46,10 @@ def local_folder(name: str, role: str, revision: str | None = None, weights: boo
 
 
 def _checked_links(folder: Path, role: str) -> Path:
-    """`folder`, if none of the small files that are read by name is a link out of it. (Weights are checked singly.)"""
+    """`folder`, if none of the small files in it that are read by name is a link out of it.
+
+    Weights, and what lies in folders inside, are checked singly.
+    """
     for path in folder.iterdir():
         if path.is_symlink() and any(path.match(pattern) for pattern in _SMALL_FILES):
             file_inside(folder, path.name, role)
@@ -55,10 +58,9 @@ def _checked_links(folder: Path, role: str) -> Path:
 
 def _safetensors_patterns(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
-    try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    if not index.exists():
         return ["model.safetensors", "model-*-of-*.safetensors"]
+    return sorted(glob.escape(name) for name in set(read_weight_map(index).values()))
 
 
 def _download(name: str, role: str, revision: str | None, patterns: list[str]) -> Path:

@@ -145,13 +145,14 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
     content, locate = _read_zip(path) if is_zip else _read_legacy(path)
+    # The methods of dict itself: a pickle may give an OrderedDict attributes that hide them.
     for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
+        if isinstance(content, dict) and isinstance(dict.get(content, wrapper), dict):
+            content = dict.get(content, wrapper)
     if not isinstance(content, dict):
         raise UserError(f"{path} does not hold a table of tensors")
     tensors = {}
-    for key, view in content.items():
+    for key, view in dict.items(content):
         if not isinstance(key, str) or not isinstance(view, _View):
             raise UserError(f"{path} holds {key!r}, which is not a tensor: save a plain state dict")
         try:

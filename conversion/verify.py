@@ -7,19 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modeling_delta_llava.conversion import forms
-from modeling_delta_llava.conversion.checkpoints import read_checkpoint, read_json, require_folder
+from modeling_delta_llava.conversion.checkpoints import read_checkpoint, require_folder
 from modeling_delta_llava.conversion.convert import code_files, progress_bar, quiet_transformers
 from modeling_delta_llava.conversion.entries import Entries, Entry
 from modeling_delta_llava.conversion.export import hub_entries, load_output, read_hub_config, training_tensors
 from modeling_delta_llava.conversion.plan import Options, Plan, make_plan
 from modeling_delta_llava.conversion.streams import OutputTensor, Span, TensorStream
-from modeling_delta_llava.conversion.tensors import format_bytes, item_size
+from modeling_delta_llava.conversion.tensors import FLOATING, format_bytes, item_size
 from modeling_delta_llava.errors import UserError
+from modeling_delta_llava.json_files import read_json
 
 REQUIRED_FILES = ("config.json", "generation_config.json", "processor_config.json", "tokenizer_config.json")
 # Largest relative difference of a stage between folder and source in fp32.
 TOLERANCE = 1e-4
-# Bytes per weight for the stage-by-stage numbers: one model in fp32 at a time, and room for activations.
+# Bytes per weight for the stage-by-stage numbers: one model in fp32 at a time, and room for activations and for the
+# largest tensor as it is stored.
 NUMBERS_BYTES_PER_WEIGHT = 5
 
 
@@ -72,9 +74,8 @@ def verify(
             run("code", lambda: _check_code(folder))
         run("generation config", lambda: _check_generation(folder, config))
         run("processor", lambda: _check_processor(folder, config, projector))
-        named = run("tensor names and shapes", lambda: _check_names(folder, config, projector))
-        if named:
-            entries = hub_entries(folder, config, projector)
+        entries: Entries = {}
+        if run("tensor names and shapes", lambda: _check_names(folder, config, projector, entries)):
             run("finite values", lambda: _check_finite(entries, progress))
             if against is not None:
                 plan = make_plan(against, options or Options())
@@ -171,9 +172,10 @@ def _check_processor(folder: Path, config, projector: str) -> str:
     return f"{count} tokens per picture, image token id {config.image_token_id}"
 
 
-def _check_names(folder: Path, config, projector: str) -> str:
-    entries = hub_entries(folder, config, projector)
-    files = read_checkpoint(folder).files
+def _check_names(folder: Path, config, projector: str, entries: Entries) -> str:
+    """Fills `entries` with what the folder holds."""
+    entries |= hub_entries(folder, config, projector)
+    files = {entry.source.file for entry in entries.values()}
     size = sum(path.stat().st_size for path in files)
     return f"{len(entries)} tensors in {len(files)} file{'s' * (len(files) != 1)}, {format_bytes(size)}"
 
@@ -301,12 +303,11 @@ def _reference_tensors(plan: Plan, stream: TensorStream) -> dict:
     training keys for every tensor (a base model, a tower repository, LoRA factors), so its plan is taken back through
     the tables.
     """
-    import torch
 
     inside = plan.record["tower_keys"]
     if plan.form == forms.STAGE2 and inside:
         stored = read_checkpoint(plan.folders["SOURCE"]).tensors
-        tensors = {key: stream.load(tensor) for key, tensor in stored.items()}
+        tensors = {key: stream.load(t).float() for key, t in stored.items() if t.dtype in FLOATING}
         if inside == "flat":
             start = "model.vision_tower.vision_tower."
             tensors = {
@@ -317,5 +318,5 @@ def _reference_tensors(plan: Plan, stream: TensorStream) -> dict:
         entries = {plan.names[o.name]: Entry(o.dtype, o.shape, o.pieces) for o in plan.tensors}
         record = plan.record | {"tower_keys": "old", "dropped_tensors": {}, "tied_head_saved": False}
         outputs = training_tensors(entries, plan.projector, record, plan.source_rows)
-        tensors = {output.name: load_output(output, stream) for output in outputs}
-    return {key: tensor.to(torch.float32) for key, tensor in tensors.items() if tensor.is_floating_point()}
+        tensors = {output.name: load_output(output, stream).float() for output in outputs}
+    return tensors

@@ -1,6 +1,8 @@
 """The output folder as a transaction: built beside its place, flushed, renamed; or not there at all."""
 
 import contextlib
+import errno
+import glob
 import json
 import os
 import shutil
@@ -129,16 +131,32 @@ def transaction(output: Path, overwrite: bool = False) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         if isinstance(error, PermissionError):
-            raise UserError(f"no permission to write {error.filename or output}: choose another OUTPUT") from error
-        if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
+            place = str(error.filename or output)
+            if _is_written(place, output):
+                raise UserError(f"no permission to write {place}: choose another OUTPUT") from error
+            raise UserError(f"{place} cannot be read ({error.strerror}): check its permissions") from error
+        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+            raise UserError(
+                f"the disk of OUTPUT {output} takes no files of this size: nothing was kept; pass a smaller "
+                "--max-shard-size or choose another disk"
+            ) from error
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 f"the disk of OUTPUT {output} is full: nothing was kept; free some and run again"
             ) from error
         raise
 
 
+def _is_written(place: str, output: Path) -> bool:
+    """Whether a transaction writes there: the folder around OUTPUT, OUTPUT, or what stands for it beside it."""
+    beside = str(output.parent / f".{output.name}.")
+    return place == str(output.parent) or f"{place}/".startswith((f"{output}/", beside))
+
+
 def _take_place(building: Path, output: Path, overwrite: bool) -> None:
-    replaced = output.parent / f".{output.name}.replaced-{os.getpid()}"
+    # The name says who did it: what is inside is the user's and stays as it is.
+    me = os.getpid()
+    replaced = output.parent / f".{output.name}.replaced-{me}-{_start_time(me) or ''}"
     if output.exists():
         if not overwrite:
             raise UserError(f"OUTPUT {output} appeared meanwhile: it is left alone, choose another folder")
@@ -158,13 +176,15 @@ def _take_place(building: Path, output: Path, overwrite: bool) -> None:
 
 def remove_leftovers(output: Path) -> None:
     """Removes what a killed run left beside `output`; puts a replaced folder back if its successor never came."""
-    for path in sorted(output.parent.glob(f".{output.name}.replaced-*")):
-        if not _process_runs({"pid": _trailing_number(path)}):
+    name = glob.escape(output.name)
+    for path in sorted(output.parent.glob(f".{name}.replaced-*")):
+        pid, _, started = path.name.rpartition(".replaced-")[2].partition("-")
+        if not _process_runs({"pid": int(pid) if pid.isdigit() else 0, "started": started or None}):
             if output.exists():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 os.rename(path, output)
-    for path in output.parent.glob(f".{output.name}.building-*"):
+    for path in output.parent.glob(f".{name}.building-*"):
         try:
             owner = json.loads((path / _OWNER_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -1,6 +1,5 @@
 """Builds a [`DeltaLlavaProcessor`] from the parts that a training run or a pair of base models leaves behind."""
 
-import json
 from importlib import resources
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 
 from .configuration_delta_llava import DeltaLlavaConfig
 from .errors import UserError
+from .json_files import read_json
 from .processing_delta_llava import DeltaLlavaProcessor
 from .tokenization import sentencepiece_tokenizer
 
@@ -89,19 +89,19 @@ def load_tokenizer(
         model_max_length: context length; by default what the tokenizer files say.
 
     Raises:
-        UserError: if the folder holds no tokenizer.
+        UserError: if the folder holds no tokenizer, or a damaged one.
     """
     folder = Path(folder)
-    settings = {}
-    if (folder / "tokenizer_config.json").is_file():
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings_file = folder / "tokenizer_config.json"
+    settings = read_json(settings_file) if settings_file.is_file() else {}
     if model_type in SENTENCEPIECE_MODEL_TYPES and (folder / "tokenizer.model").is_file():
         tokenizer = _sentencepiece_with_added_tokens(folder, settings, model_max_length)
         return tokenizer, IMAGE_TOKEN
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="left", trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+    # The tokenizers library answers a damaged file with a plain Exception.
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"no tokenizer could be loaded from {folder} ({reason}): add the tokenizer files") from error
     if model_max_length is not None:
         tokenizer.model_max_length = model_max_length
@@ -116,12 +116,20 @@ def load_tokenizer(
 
 def _sentencepiece_with_added_tokens(folder: Path, settings: dict, model_max_length: int | None):
     """The rebuilt tokenizer of `folder`, with the tokens that training appended (a `<pad>`, say) at their ids."""
-    added = {int(index): entry["content"] for index, entry in settings.get("added_tokens_decoder", {}).items()}
-    if (folder / "added_tokens.json").is_file():
-        entries = json.loads((folder / "added_tokens.json").read_text(encoding="utf-8"))
-        added.update({index: token for token, index in entries.items()})
+    entries = folder / "added_tokens.json"
+    appended_ids = read_json(entries) if entries.is_file() else {}
     pad_token = settings.get("pad_token")
-    pad_token = pad_token["content"] if isinstance(pad_token, dict) else pad_token
+    try:
+        added = {
+            int(index): str(entry["content"]) for index, entry in settings.get("added_tokens_decoder", {}).items()
+        }
+        added |= {int(index): token for token, index in appended_ids.items()}
+        pad_token = pad_token["content"] if isinstance(pad_token, dict) else pad_token
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"tokenizer_config.json or added_tokens.json in {folder} lists its added tokens in no valid way "
+            f"({type(error).__name__}: {error}): give the tokenizer files that training saved"
+        ) from error
     appended = tuple(token for _, token in sorted(added.items()) if token not in ("<unk>", "<s>", "</s>"))
     tokenizer = sentencepiece_tokenizer(
         folder / "tokenizer.model",

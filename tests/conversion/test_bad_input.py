@@ -14,7 +14,7 @@ from modeling_delta_llava.cli import main
 from modeling_delta_llava.conversion import workspace, writer
 from modeling_delta_llava.conversion.workspace import transaction
 from modeling_delta_llava.errors import UserError
-from tests.conversion.conftest import LAYOUT, assert_same_tensors, read_tensors
+from tests.conversion.conftest import LAYOUT, assert_same_tensors, change_json, read_tensors
 from tests.training_layout import (
     TrainingLayout,
     write_base_model,
@@ -27,38 +27,6 @@ from tests.training_layout import (
 )
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-
-
-@pytest.fixture
-def refused(tmp_path, capsys):
-    """Runs `delta-llava convert SOURCE OUTPUT ...` and returns its one line of error, after checking what was left."""
-
-    def run(source, *arguments: str, output: Path | None = None, command: str = "convert") -> str:
-        output = output or tmp_path / "output"
-        existed = output.exists()
-        before = sorted(path for path in tmp_path.rglob("*"))
-        status = main([command, str(source), str(output), "--no-progress", *arguments])
-        lines = [
-            line for line in capsys.readouterr().err.splitlines() if not line.startswith(("found", "reading", "note"))
-        ]
-        assert status == 2, lines
-        assert len(lines) == 1, lines
-        assert lines[0].startswith("error: ")
-        assert output.exists() == existed
-        assert sorted(path for path in tmp_path.rglob("*")) == before, "something was left behind"
-        return lines[0]
-
-    return run
-
-
-def change_json(path: Path, **changes) -> None:
-    value = json.loads(path.read_text())
-    for key, change in changes.items():
-        if change is None:
-            value.pop(key)
-        else:
-            value[key] = change
-    write_json(path, value)
 
 
 def change_shard(folder: Path, name: str, change) -> None:
@@ -441,6 +409,9 @@ def test_no_tokenizer(stage2, refused):
         (SHARDS[0], "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
         ("tokenizer_config.json", "{", "tokenizer_config.json is not valid JSON"),
         ("added_tokens.json", "[]", "added_tokens.json does not hold a JSON object"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "added tokens in no valid way (ValueError"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"448": {}}}', "in no valid way (KeyError: 'content')"),
+        ("added_tokens.json", '{"<pad>": "last"}', "added tokens in no valid way (ValueError"),
         ("tokenizer.model", "hello", "is not a sentencepiece model"),
         ("generation_config.json", "{", "generation_config.json is not valid JSON"),
     ],
@@ -465,6 +436,26 @@ def test_configs_that_make_no_model(stage2, refused, changes, message):
     line = refused(stage2)
     assert message in line
     assert str(stage2 / "config.json") in line
+
+
+def test_a_damaged_tokenizer_of_the_library(tmp_path, refused):
+    """The tokenizers library answers with a plain Exception."""
+    write_stage2(tmp_path / "source", TrainingLayout(text_model_type="seed_oss"))
+    (tmp_path / "source" / "tokenizer.json").write_text('{"model": {"type": "none"}}')
+    assert f"no tokenizer could be loaded from {tmp_path / 'source'}" in refused(tmp_path / "source")
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_tower_config_without_a_grid(tmp_path, refused, plain):
+    write_stage2(tmp_path / "source", LAYOUT, plain=plain)
+    change_json(tmp_path / "source-tower" / "config.json", patch_size=0)
+    assert "patch_size 0, which make no grid" in refused(tmp_path / "source")
+
+
+def test_a_plain_llava_with_an_impossible_layer(tmp_path, refused):
+    write_stage2(tmp_path / "source", LAYOUT, plain=True)
+    change_json(tmp_path / "source" / "config.json", mm_vision_select_layer="last")
+    assert "impossible model" in refused(tmp_path / "source")
 
 
 def test_a_language_model_as_the_tower(stage2, sources, refused):

@@ -1,8 +1,12 @@
 """Conversion of every form and back: the same tensors, the same numbers, a folder that loads."""
 
+import io
 import json
 import math
 import re
+import resource
+import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modeling_delta_llava.conversion import forms
-from modeling_delta_llava.conversion.convert import convert, preview
+from modeling_delta_llava.conversion.convert import convert, peak_memory, preview
 from modeling_delta_llava.conversion.export import export
-from modeling_delta_llava.conversion.plan import Options
+from modeling_delta_llava.conversion.plan import Options, make_plan
+from modeling_delta_llava.conversion.streams import BUFFER_BYTES, TensorStream
 from modeling_delta_llava.conversion.verify import passed, verify
 from tests.conversion.conftest import LAYOUT, assert_same_tensors, read_tensors
 from tests.training_layout import (
@@ -101,6 +106,16 @@ def test_a_tied_head_saved_twice(tmp_path, weights_format):
     (tmp_path / "source" / "model.safetensors").unlink()
     write_weights(tmp_path / "source", tensors, weights_format)
     round_trip(tmp_path / "source", tmp_path)
+    assert "lm_head.weight" not in read_tensors(tmp_path / "hub")
+
+
+def test_a_tied_head_saved_in_another_order_of_bytes(tmp_path):
+    layout = TrainingLayout(text_model_type="qwen2", tie_word_embeddings=True, vocab_size=20_000)
+    tensors = write_stage2(tmp_path / "source", layout, weights_format="bin")
+    head = tensors["model.embed_tokens.weight"].t().contiguous().t()
+    assert head.nbytes > BUFFER_BYTES
+    torch.save(tensors | {"lm_head.weight": head}, tmp_path / "source" / "pytorch_model.bin")
+    convert(str(tmp_path / "source"), tmp_path / "hub", progress=False)
     assert "lm_head.weight" not in read_tensors(tmp_path / "hub")
 
 
@@ -200,6 +215,33 @@ def test_an_adapter_trained_on_a_hub_folder(sources, tmp_path):
     assert_verified(tmp_path / "merged", tmp_path / "adapter", options)
 
 
+def test_an_adapter_of_our_finetuning_keeps_the_budget_it_was_trained_at(hub_folder, tmp_path):
+    pytest.importorskip("peft")
+    from modeling_delta_llava.finetuning.arguments import build_arguments
+    from modeling_delta_llava.finetuning.run import run
+    from tests.finetuning.conftest import EXACT, write_data
+
+    settings = EXACT | {
+        "model": str(hub_folder),
+        "data_path": str(write_data(tmp_path / "data", rows=4)),
+        "image_folder": str(tmp_path / "data" / "images"),
+        "output_dir": str(tmp_path / "adapter"),
+        "train_language_model": False,
+        "lora_rank": 2,
+        "num_visual_tokens": 16,
+        "max_steps": 1,
+    }
+    assert json.loads((hub_folder / "config.json").read_text())["num_visual_tokens"] == 4
+    run(build_arguments(settings))
+    options = Options(base_model=str(hub_folder))
+    convert(str(tmp_path / "adapter"), tmp_path / "merged", options, progress=False)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert (config["num_visual_tokens"], config["trained_num_visual_tokens"]) == (16, [16])
+    processor = json.loads((tmp_path / "merged" / "processor_config.json").read_text())
+    assert processor["num_visual_tokens"] == 16
+    assert_verified(tmp_path / "merged", tmp_path / "adapter", options)
+
+
 # --- this project's own checkpoints ----------------------------------------------------------------------------------
 
 
@@ -262,9 +304,21 @@ def test_a_delta_projector_called_mlp2x_gelu_is_recognised(stage2, tmp_path):
 def test_plain_stage1_and_lora(sources, tmp_path):
     options = Options(base_model=str(sources / "base"))
     write_stage1(tmp_path / "stage1", LAYOUT, tower=sources / "tower", plain=True)
-    convert(str(tmp_path / "stage1"), tmp_path / "hub", options, progress=False)
-    assert_verified(tmp_path / "hub", tmp_path / "stage1", options)
-    assert json.loads((tmp_path / "hub" / "config.json").read_text())["model_type"] == "llava"
+    write_lora(tmp_path / "lora", LAYOUT, tower=sources / "tower")
+    projector = torch.load(tmp_path / "stage1" / "mm_projector.bin", weights_only=True)
+    trained = {f"base_model.model.{key}": tensor for key, tensor in projector.items()}
+    torch.save(trained, tmp_path / "lora" / "non_lora_trainables.bin")
+    changed = "language_model.model.layers.0.self_attn.q_proj.weight"
+    found = {}
+    for form in ("stage1", "lora"):
+        convert(str(tmp_path / form), tmp_path / f"{form}-hub", options, progress=False)
+        assert_verified(tmp_path / f"{form}-hub", tmp_path / form, options)
+        assert json.loads((tmp_path / f"{form}-hub" / "config.json").read_text())["model_type"] == "llava"
+        found[form] = read_tensors(tmp_path / f"{form}-hub")
+    assert torch.equal(
+        found["stage1"]["multi_modal_projector.linear_1.weight"], projector["model.mm_projector.0.weight"]
+    )
+    assert not torch.equal(found["stage1"][changed], found["lora"][changed])
 
 
 # --- options ---------------------------------------------------------------------------------------------------------
@@ -349,6 +403,39 @@ def test_preview_writes_nothing_and_tells_the_plan(sources, tmp_path):
     assert "free" in table["disk"]
     assert re.fullmatch(r"about [\d.]+ [MG]B", table["peak memory"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_predicted_memory_covers_a_transposed_tensor(tmp_path):
+    """What numpy allocates while the tensors are streamed, which tracemalloc counts."""
+    tensors = write_stage2(tmp_path / "source", replace(LAYOUT, vocab_size=80_000), weights_format="bin")
+    head = tensors["lm_head.weight"].t().contiguous().t()
+    torch.save(tensors | {"lm_head.weight": head}, tmp_path / "source" / "pytorch_model.bin")
+    plan = make_plan(str(tmp_path / "source"), Options())
+    predicted = peak_memory(plan) - 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tracemalloc.start()
+    with TensorStream() as stream:
+        for tensor in plan.tensors:
+            for _ in stream.chunks(tensor):
+                pass
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 2 * head.nbytes < peak < predicted < 3 * peak
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_bars_reach_their_end(sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    convert(str(sources / "stage2"), tmp_path / "hub")
+    export(str(tmp_path / "hub"), tmp_path / "back")
+    assert re.search(r"converting: 100%.*<.*B/s", terminal.getvalue())
+    assert re.search(r"exporting: 100%.*<.*B/s", terminal.getvalue())
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    export(str(tmp_path / "hub"), tmp_path / "projector", projector_only=True)
+    assert re.search(r"exporting: 100%.*<.*B/s", terminal.getvalue())
 
 
 # --- vocabulary ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Sources on the Hub, downloaded by the real client from a server on loopback: only the files that are needed."""
 
 import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,17 @@ def test_what_the_hub_does_not_have(hub, tmp_path, arguments, message):
     assert message in errors[0]
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "hub").exists()
+
+
+def test_an_index_on_the_hub_that_names_files_elsewhere(hub, tmp_path):
+    write_stage2(tmp_path / "source", LAYOUT)
+    index = {"weight_map": {"lm_head.weight": "/etc/passwd"}}
+    (tmp_path / "source" / "model.safetensors.index.json").write_text(json.dumps(index))
+    upload(hub, "someone/delta", tmp_path / "source")
+    done = run(hub, tmp_path, "convert", "someone/delta", "hub", "--no-progress")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "model.safetensors.index.json names '/etc/passwd', which leaves" in done.stderr
 
 
 def test_no_space_for_the_download(hub, tmp_path):

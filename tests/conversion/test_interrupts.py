@@ -158,3 +158,37 @@ def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch, mom
         build()
     assert (output / "config.json").read_text() == "old"
     assert list(tmp_path.iterdir()) == [output]
+
+
+def test_a_model_set_aside_by_a_dead_run_of_a_recycled_number_comes_back(tmp_path):
+    aside = tmp_path / f".output.replaced-{os.getpid()}-0"
+    aside.mkdir()
+    remove_leftovers(tmp_path / "output")
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]
+
+
+def test_a_model_that_a_living_run_set_aside_is_left_alone(tmp_path, monkeypatch):
+    output = tmp_path / "output"
+    output.mkdir()
+    rename = os.rename
+    seen = []
+
+    def look(source, target):
+        rename(source, target)
+        if source == output:
+            remove_leftovers(output)
+            seen.extend(path.name.partition("-")[0] for path in tmp_path.iterdir())
+
+    monkeypatch.setattr(os, "rename", look)
+    with transaction(output, overwrite=True) as building:
+        (building / "config.json").write_text("new")
+    assert sorted(seen) == [".output.building", ".output.replaced"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["output", "config.json"]
+
+
+def test_leftovers_of_a_name_with_glob_characters(tmp_path):
+    (tmp_path / ".hub[v1].building-4194305").mkdir()
+    (tmp_path / ".hub[v1].replaced-4194305-7").mkdir()
+    (tmp_path / ".hubv.building-4194305").mkdir()
+    remove_leftovers(tmp_path / "hub[v1]")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hubv.building-4194305", "hub[v1]"]

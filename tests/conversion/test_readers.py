@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import zipfile
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -221,3 +222,23 @@ def test_a_pickle_without_torch_is_refused(tmp_path):
     (tmp_path / "x.bin").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(UserError, match="not a torch checkpoint"):
         read_torch_file(tmp_path / "x.bin")
+
+
+class HidingTable:
+    """Pickled as an OrderedDict with attributes in place of its methods."""
+
+    def __init__(self, **entries):
+        self.entries = entries
+
+    def __reduce__(self):
+        return OrderedDict, (), dict.fromkeys(("items", "get", "keys"), 3), None, iter(self.entries.items())
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_pickle_that_hides_the_methods_of_its_table(tmp_path, zipped, wrapped):
+    content = table = HidingTable(a=torch.ones(2))
+    if wrapped:
+        content = HidingTable(state_dict=table)
+    torch.save(content, tmp_path / "x.bin", _use_new_zipfile_serialization=zipped)
+    assert_equal(loaded(read_torch_file(tmp_path / "x.bin")), {"a": torch.ones(2)})

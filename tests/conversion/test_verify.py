@@ -1,7 +1,10 @@
 """verify: passes what convert wrote, and finds every single change."""
 
+import gc
 import json
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,19 +14,14 @@ from safetensors.torch import load_file, save_file
 from modeling_delta_llava.cli import main
 from modeling_delta_llava.conversion import verify as module
 from modeling_delta_llava.conversion.convert import convert
-from modeling_delta_llava.conversion.plan import Options
+from modeling_delta_llava.conversion.plan import Options, make_plan
+from modeling_delta_llava.conversion.reference import reference_stages
+from modeling_delta_llava.conversion.streams import TensorStream
 from modeling_delta_llava.conversion.verify import passed, verify
 from tests.conversion.conftest import LAYOUT
 from tests.training_layout import write_json, write_stage2
 
 Q_WEIGHT = "model.multi_modal_projector.query_projection.base.weight"
-
-
-@pytest.fixture(scope="module")
-def converted(sources, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("converted") / "hub"
-    convert(str(sources / "stage2"), folder, progress=False)
-    return folder
 
 
 @pytest.fixture
@@ -170,3 +168,38 @@ def test_numbers_are_skipped_without_memory(converted, sources, monkeypatch):
     assert passed(checks)
     assert checks[-1].passed is None
     assert "1.0 kB free" in checks[-1].detail
+
+
+def status_bytes(name: str) -> int:
+    """A figure of this process's memory, from the kernel."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def reference_of(source: Path) -> int:
+    """Computes the reference stages of a source; by how much resident memory grew at most."""
+    plan = make_plan(str(source), Options())
+    generator = torch.Generator().manual_seed(0)
+    side = plan.config.vision_config.image_size
+    ids = torch.tensor([[1, 5, 6]])
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = status_bytes("VmRSS")
+    with TensorStream(scan=False) as stream:
+        tensors = module._reference_tensors(plan, stream)
+        pixel_values = torch.randn(1, 3, side, side, generator=generator)
+        reference_stages(tensors, plan.config, plan.projector, pixel_values, ids, ids)
+    return status_bytes("VmHWM") - before
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel counts no peak memory here")
+@pytest.mark.parametrize("tower_inside", ["old", None])
+def test_the_reference_stays_within_the_memory_that_is_asked_for(sources, tmp_path, tower_inside):
+    layout = replace(
+        LAYOUT, text_hidden_size=512, text_intermediate_size=2048, text_heads=8, text_key_value_heads=8, text_layers=8
+    )
+    tensors = write_stage2(tmp_path / "source", layout, dtype=torch.bfloat16, tower_inside=tower_inside)
+    weights = sum(tensor.numel() for tensor in tensors.values())
+    del tensors
+    reference_of(sources / "stage2")
+    assert 4 * weights < reference_of(tmp_path / "source") < module.NUMBERS_BYTES_PER_WEIGHT * weights
