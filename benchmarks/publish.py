@@ -131,7 +131,7 @@ def publish(hub: LocalHub, folder: Path, home: Path) -> dict[str, object]:
 def main() -> None:
     arguments = parser(__doc__, "publish").parse_args()
     device = start(arguments)
-    about = {"machine": machine(device)}
+    about = machine(device)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "delta-llava-2gb"
         size = write_folder(folder)

@@ -194,6 +194,8 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             num_visual_tokens = self.config.num_visual_tokens
         if isinstance(num_visual_tokens, int):
             budgets = [num_visual_tokens] * num_images
+        elif isinstance(num_visual_tokens, list) and all(isinstance(budget, int) for budget in num_visual_tokens):
+            budgets = num_visual_tokens
         else:
             budgets = torch.as_tensor(num_visual_tokens).flatten().tolist()
         if len(budgets) != num_images:
@@ -223,7 +225,8 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         Args:
             pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`).
             num_visual_tokens (`int`, `list[int]` or `torch.LongTensor` of shape `(images,)`, *optional*):
-                Budget of all images or of each; defaults to the config's.
+                Budget of all images or of each; defaults to the config's. `torch.compile(fullgraph=True)` takes
+                integers: what a tensor holds, and with it the number of tokens, is unknown to it.
 
         Returns:
             `BaseModelOutputWithPooling`: `pooler_output` is a list with one `(V, D)` tensor per image,

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 from modeling_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
@@ -45,6 +47,8 @@ def read_config(source: str) -> DeltaLlavaConfig:
     try:
         fields, _ = DeltaLlavaConfig.get_config_dict(source)
     except OSError as error:
+        if (Path(source) / "config.json").is_file():
+            raise UserError(f"{source}: its config.json cannot be read ({_first_line(error)}); repair it") from error
         raise UserError(
             f"{source}: neither a Delta-LLaVA folder, nor a repository that can be reached, nor a variant "
             "(see `delta-llava variants`)"
@@ -54,7 +58,14 @@ def read_config(source: str) -> DeltaLlavaConfig:
             f"{source}: its config.json says model_type {fields.get('model_type')!r}, not "
             f"{DeltaLlavaConfig.model_type!r}; convert a training checkpoint first (`delta-llava convert`)"
         )
-    return DeltaLlavaConfig.from_dict(fields)
+    try:
+        return DeltaLlavaConfig.from_dict(fields)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise UserError(f"{source}: its config.json describes no model ({_first_line(error)}); repair it") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
 
 def check_budgets(config: DeltaLlavaConfig, budgets: Sequence[int] | None) -> list[int]:
@@ -113,9 +124,10 @@ def profile(
     repeats: int = 5,
     device: str | None = None,
     dtype: str | None = None,
+    json_file: Path | None = None,
     png_file: Path | None = None,
 ) -> dict[str, Any]:
-    """The profile of a model, and its figure if `png_file` is given.
+    """The profile of a model, written to the files that are given.
 
     Args:
         config: its geometry.
@@ -128,13 +140,17 @@ def profile(
         repeats: calls per measurement.
         device: by default the CUDA device when there is one.
         dtype: a name of `DTYPES`; by default as stored, bfloat16 for random weights.
-        png_file: where to draw.
+        json_file: where to write it.
+        png_file: where to draw it.
 
     Raises:
-        UserError: for a budget, device, dtype or file name that cannot be used.
+        UserError: for a budget, device, dtype, file name or weights that cannot be used.
     """
     if png_file is not None:
         figure.check(png_file)
+    for file in (json_file, png_file):
+        if file is not None:
+            check_writable(file)
     budgets = check_budgets(config, budgets)
     place = check_device(device)
     if dtype is not None and dtype not in DTYPES:
@@ -150,12 +166,41 @@ def profile(
         if weights == "random":
             model = random_model(config, place, DTYPES[dtype or "bfloat16"])
         else:
-            stored = DTYPES[dtype] if dtype else "auto"
-            model = DeltaLlavaForConditionalGeneration.from_pretrained(weights, dtype=stored).eval().to(place)
+            model = load_model(weights, place, DTYPES[dtype] if dtype else "auto")
         document = measured(fuse_if_possible(model), document, batch_size, repeats)
+    if json_file is not None:
+        write_json(document, json_file)
     if png_file is not None:
         figure.draw(document, png_file)
     return document
+
+
+def check_writable(file: Path):
+    """Makes the folder of a result file, and raises `UserError` if the file cannot be written there."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        existed = file.exists()
+        with file.open("a"):
+            pass
+        if not existed:
+            file.unlink()
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error.strerror}); give another file") from error
+
+
+def load_model(source: str, device: torch.device, dtype: torch.dtype | str) -> DeltaLlavaForConditionalGeneration:
+    """The model of a folder or repository, for measurements.
+
+    Raises:
+        UserError: if its weights cannot be read, or do not fit in memory.
+    """
+    try:
+        return DeltaLlavaForConditionalGeneration.from_pretrained(source, dtype=dtype).eval().to(device)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"{source}: its weights cannot be loaded ({_first_line(error)}); check it with `delta-llava verify`, or "
+            "count without weights by --analytic"
+        ) from error
 
 
 def check_device(name: str | None) -> torch.device:
@@ -223,7 +268,6 @@ def measured(
 
 
 def write_json(document: dict[str, Any], path: Path):
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
@@ -266,7 +310,8 @@ def table(document: dict[str, Any]) -> "Table":
                 f"{figures[name]:.1f}"
                 for name in ("vision_tower_ms", "projector_ms", "prefill_ms", "time_to_first_token_ms")
             ]
-            cells += [f"{figures[name]:.2f}" for name in ("decode_tokens_per_s", "requests_per_s")]
+            decoding = figures["decode_tokens_per_s"]
+            cells += ["–" if decoding is None else f"{decoding:.2f}", f"{figures['requests_per_s']:.2f}"]
             cells += ["–" if peak is None else f"{peak:.0f}"]
         result.add_row(*cells)
     return result

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,13 +18,16 @@ FIRST_ORDINARY_TOKEN = 5
 
 @dataclass(frozen=True)
 class Measurement:
-    """Medians over repeats at one budget. Milliseconds, tokens or requests per second, MiB."""
+    """Medians over repeats at one budget. Milliseconds, tokens or requests per second, MiB.
+
+    `decode_tokens_per_s` is `None` when the machine was too noisy to tell decoding from the first token.
+    """
 
     vision_tower_ms: float
     projector_ms: float
     prefill_ms: float
     time_to_first_token_ms: float
-    decode_tokens_per_s: float
+    decode_tokens_per_s: float | None
     generate_tokens_per_s: float
     requests_per_s: float
     batch_size: int
@@ -131,8 +135,16 @@ def measure(
         lambda: model(**text_inputs, image_features=visual_tokens, logits_to_keep=1, use_cache=True), device, repeats
     )
     first_token = {**settings, "min_new_tokens": 1, "max_new_tokens": 1}
-    first_s = seconds_of(lambda: model.generate(**inputs, **first_token), device, repeats)
-    generate_s = seconds_of(lambda: model.generate(**inputs, **settings), device, repeats)
+    model.generate(**inputs, **settings)
+    rounds = [
+        [
+            seconds_of(partial(model.generate, **inputs, **each), device, 1, warmup=0)
+            for each in (first_token, settings)
+        ]
+        for _ in range(repeats)
+    ]
+    first_s, generate_s = (statistics.median(times) for times in zip(*rounds, strict=True))
+    decode_s = statistics.median(whole - first for first, whole in rounds)
     peak = peak_memory_mib(device)
     batch = random_prompt(model, num_visual_tokens, text_tokens, batch_size)
     batch_s = seconds_of(lambda: model.generate(**batch, **settings), device, max(1, repeats // 2))
@@ -141,7 +153,7 @@ def measure(
         projector_ms=projector_s * 1e3,
         prefill_ms=prefill_s * 1e3,
         time_to_first_token_ms=first_s * 1e3,
-        decode_tokens_per_s=(new_tokens - 1) / max(generate_s - first_s, 1e-9),
+        decode_tokens_per_s=(new_tokens - 1) / decode_s if decode_s > 0 else None,
         generate_tokens_per_s=new_tokens / generate_s,
         requests_per_s=batch_size / batch_s,
         batch_size=batch_size,

@@ -1,6 +1,7 @@
 """`delta-llava profile`: what it prints and writes, and how it refuses."""
 
 import json
+import shutil
 
 import pytest
 
@@ -109,6 +110,41 @@ def test_other_folders_are_refused_by_name(tmp_path, capsys):
     assert "model_type 'llama'" in capsys.readouterr().err
     assert cli.main(["profile", str(tmp_path / "nothing"), "--analytic"]) == 2
     assert "nothing" in capsys.readouterr().err
+
+
+def break_budget(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_visual_tokens": 5}))
+
+
+def cut_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def cut_weights(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [(break_budget, "num_visual_tokens"), (cut_config, "repair it"), (cut_weights, "delta-llava verify")],
+)
+def test_damaged_folders_are_refused_in_one_line(damage, words, hub_folder, tmp_path, capsys):
+    shutil.copytree(hub_folder, tmp_path / "model")
+    damage(tmp_path / "model")
+    assert cli.main(["profile", str(tmp_path / "model"), "--repeats", "1"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: {tmp_path / 'model'}")
+    assert words in error
+
+
+def test_unwritable_files_are_refused_before_anything_is_measured(hub_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("modeling_delta_llava.evaluation.efficiency.measured", None)
+    for option, name in (("--json", "profile.json"), ("--png", "profile.png")):
+        (tmp_path / name).mkdir()
+        assert cli.main(["profile", str(hub_folder), option, str(tmp_path / name)]) == 2
+        assert f"{tmp_path / name} cannot be written" in capsys.readouterr().err
 
 
 def test_units_follow_the_size_of_the_model():

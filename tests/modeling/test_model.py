@@ -466,6 +466,17 @@ def test_forward_compiles_without_graph_breaks(model):
         torch.testing.assert_close(compiled(**black).logits, model(**black).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_budgets_compile_without_graph_breaks(model):
+    batch = inputs(model, budget=4)
+    images = len(batch["pixel_values"])
+    with torch.no_grad():
+        expected = model(**batch).logits
+        for budgets in (4, [4] * images):
+            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+            found = compiled(**{**batch, "num_visual_tokens": budgets}).logits
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_training_step_compiles_without_graph_breaks():
     model = tiny_model(drop_path_rate=0.0).train()
     batch = inputs(model)
