@@ -11,7 +11,7 @@ VENV ?= .venv
 VERSIONS ?= newest
 TORCH ?= torch==2.13.0
 EXTRAS ?= dev,finetuning,quantization
-WORKERS ?= 2
+WORKERS ?= logical
 TESTS ?= tests
 PYTEST_ARGS ?=
 
@@ -36,7 +36,7 @@ demo: install
 # One thread for each worker: more workers than cores times threads slow each other down.
 test: install
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
-		$(PYTHON) -m pytest -n $(WORKERS) $(PYTEST_ARGS) $(TESTS)
+		$(PYTHON) -m pytest -n $(WORKERS) --maxprocesses 8 $(PYTEST_ARGS) $(TESTS)
 
 # DeepSpeed is built from source with the torch that is there, in a folder of its own: other tests run without it.
 test-deepspeed: install
