@@ -362,16 +362,34 @@ def quantize(
     typer.echo(f"wrote {written} ({size / 1e9:.3f} GB of weights)")
 
 
+def _print_settings(requested: bool) -> None:
+    if requested:
+        from .finetuning.settings_list import settings_list
+
+        typer.echo(settings_list())
+        raise typer.Exit
+
+
 @app.command(rich_help_panel=TRAIN, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def finetune(
     context: typer.Context,
     config: Annotated[
         str, typer.Argument(help="YAML file, or a packaged recipe such as vicuna-7b/stage1.", metavar="CONFIG.yaml")
     ],
+    list_settings: Annotated[
+        bool,
+        typer.Option(
+            "--list-settings",
+            callback=_print_settings,
+            is_eager=True,
+            help="Print every setting and recipe, and exit.",
+        ),
+    ] = False,
 ) -> None:
-    """Train, as a YAML file and overrides say: CONFIG.yaml [--key value ...] [--check_data].
+    """Train, as a YAML file and overrides say: CONFIG.yaml [--key value ...] [--check-data].
 
-    Keys are those of the packaged recipes and of transformers' TrainingArguments. On several devices:
+    Keys are the settings that --list-settings prints, those of transformers.TrainingArguments among them; --check-data
+    reads the data through and trains nothing. On several devices:
     accelerate launch -m modeling_delta_llava.finetuning CONFIG.yaml [--key value ...].
     """
     from .finetuning.run import finetune as run_finetuning
@@ -432,11 +450,10 @@ def profile(
         repeats=repeats,
         device=device,
         dtype=dtype,
+        json_file=json_file,
         png_file=png_file,
     )
     efficiency.print_table(document)
-    if json_file is not None:
-        efficiency.write_json(document, json_file)
 
 
 def _numbers(option: str, text: str | None) -> list[int] | None:
