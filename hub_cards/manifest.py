@@ -10,6 +10,8 @@ from pathlib import Path
 BLOCK = 4 * 2**20
 IGNORED = (".git", ".cache/huggingface")
 """What huggingface_hub itself never uploads."""
+# What a training run keeps beside its result: caches and settings of ours (`_*`), checkpoints, state and logs.
+TRAINING_LEFTOVERS = ("_*", "checkpoint-*", "training_args.bin", "trainer_state.json", "runs/*")
 
 # A stale file of these kinds changes what a repository loads; other files that only the Hub has are left alone.
 MANAGED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.py")
@@ -37,8 +39,11 @@ class FileHash:
 
 
 def list_files(folder: Path, exclude: Iterable[str] = ()) -> list[str]:
-    """Paths of the files that would be published, sorted; `exclude` are patterns over the path in the repository."""
-    exclude = tuple(exclude)
+    """Paths of the files that would be published, sorted.
+
+    `exclude` are patterns over the path in the repository; what a training run keeps beside its result is left out.
+    """
+    exclude = (*TRAINING_LEFTOVERS, *exclude)
     paths = []
     for file in sorted(folder.rglob("*")):
         path = file.relative_to(folder).as_posix()

@@ -100,11 +100,10 @@ def test_a_clean_folder_has_no_false_alarm(folder):
     [
         ("optimizer.pt", "training state"),
         ("rng_state_0.pth", "training state"),
-        ("training_args.bin", "training state"),
-        ("checkpoint-100/model.safetensors", "training state"),
+        ("nested/checkpoint-100/model.safetensors", "training state"),
         ("global_step100/mp_rank_00_model_states.pt", "training state"),
-        ("runs/events.out.tfevents.1", "training state"),
-        ("__pycache__/x.pyc", "cache"),
+        ("events.out.tfevents.1", "training state"),
+        ("nested/__pycache__/x.pyc", "cache"),
         (".ipynb_checkpoints/x.py", "cache"),
         ("model.safetensors.incomplete", "cache or leftover"),
         (".env", "file for secrets"),
@@ -113,7 +112,7 @@ def test_a_clean_folder_has_no_false_alarm(folder):
     ],
 )
 def test_forbidden_files(folder, path, reason):
-    (folder / path).parent.mkdir(exist_ok=True)
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
     (folder / path).write_text("x")
     with pytest.raises(UserError, match=reason) as caught:
         check_contents(folder)
@@ -153,6 +152,22 @@ def test_what_the_client_never_uploads_is_not_looked_at(folder):
     (folder / ".cache/huggingface/download").mkdir(parents=True)
     (folder / ".cache/huggingface/download/x.lock").write_text("")
     assert not any(path.startswith((".git/", ".cache/")) for path in check_contents(folder))
+
+
+def test_what_training_keeps_beside_its_result_is_left_out(folder):
+    result = check_contents(folder)
+    for path in (
+        "_base/model.safetensors",
+        "_finetuning.yaml",
+        "__pycache__/x.pyc",
+        "checkpoint-100/optimizer.pt",
+        "training_args.bin",
+        "trainer_state.json",
+        "runs/Nov21/events.out.tfevents.1",
+    ):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text("x")
+    assert check_contents(folder) == result
 
 
 def test_licence_is_demanded_and_can_be_stated(model_folder):
