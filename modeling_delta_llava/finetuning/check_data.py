@@ -80,7 +80,7 @@ def gather(arguments: RunArguments, processor: DeltaLlavaProcessor) -> DataFacts
     encoder = ConversationEncoder(processor, data.format)
     budgets = arguments.training.visual_token_budgets
     budget = max(budgets) if budgets else processor.num_visual_tokens
-    rows = load_rows(data.data_path, data.split, streaming=data.streaming)
+    rows = load_rows(data.data_path, data.split, streaming=data.streaming, on_bad_row="skip")
     folder = Path(data.image_folder).expanduser() if data.image_folder is not None else None
 
     def raw_rows() -> Iterator[tuple[int, object]]:

@@ -53,12 +53,12 @@ def test_bf16_halves_what_is_frozen(arguments):
     assert whole - half == 2 * frozen
 
 
-def test_rows_that_the_format_cannot_show_are_counted(arguments, tmp_path):
+def test_rows_that_cannot_be_read_or_shown_are_counted(arguments, tmp_path):
     turns = [{"from": role, "value": "Hi."} for role in ("system", "human", "gpt")]
     rows = [{"conversations": turns}, {"conversations": turns[1:]}]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "rows.jsonl").write_text("\n".join([*map(json.dumps, rows), "{oops"]))
     settings = {"data_path": str(tmp_path / "rows.jsonl"), "max_steps": 1}
-    assert "malformed rows                   1" in check_data(arguments(**settings, format="plain"))
+    assert "malformed rows                   2" in check_data(arguments(**settings, format="plain"))
     streamed = check_data(arguments(**settings, format="plain", streaming=True))
     assert "rows.jsonl: row 0: the chat template cannot show this conversation" in streamed
-    assert "malformed" not in check_data(arguments(**settings))
+    assert "malformed rows                   1" in check_data(arguments(**settings))
