@@ -1,9 +1,11 @@
 """`delta-llava finetune` as users start it: a whole recipe through a Hub, and every bad input in one line."""
 
+import dataclasses
 import hashlib
 import json
 import re
 import shutil
+from pathlib import Path
 
 import datasets
 import pytest
@@ -13,11 +15,18 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from modeling_delta_llava import cli
+from modeling_delta_llava.finetuning.arguments import (
+    DataArguments,
+    DeltaLlavaTrainingArguments,
+    ModelArguments,
+    build_arguments,
+)
 from modeling_delta_llava.finetuning.rows import parse_row, read_json_rows
+from modeling_delta_llava.hub_cards.preflight import check_contents, preflight
 from modeling_delta_llava.processing_delta_llava import DeltaLlavaProcessor
 from tests import tiny
 from tests.finetuning.conftest import EXACT, write_data
-from tests.finetuning.helpers import python, write_config
+from tests.finetuning.helpers import REPOSITORY, losses, python, trained, write_config
 from tests.hub_cards.hub_state import Entry, git_oid, pointer
 from tests.hub_cards.local_hub import LocalHub
 from tests.training_layout import TrainingLayout, write_base_model, write_tower
@@ -108,55 +117,65 @@ def test_both_recipes_from_the_hub_to_the_hub(tmp_path):
     pushed, checkpoint = map(json.loads, answered.stdout.splitlines())
     assert pushed == checkpoint
     check_frozen_files(tmp_path)
+    # What `publish` sends is what the Trainer pushed, less the files in which it keeps its own state.
+    for stage in ("stage1", "stage2"):
+        pushed = set(hub.files(f"user/{stage}")) - {".gitattributes", "training_args.bin", "trainer_state.json"}
+        assert set(check_contents(tmp_path / stage)) == pushed
+    assert (tmp_path / "stage1" / "_base").is_dir()
+    preflight(tmp_path / "stage2", "user/stage2", licence="mit", load=False)
 
 
-def test_a_dataset_is_streamed_from_the_hub(workplace, tmp_path):
-    """The same losses as from the file on disk, and nothing of the data set in the cache."""
-    rows = [
+def chat_data(rows):
+    """A chat data set, as the Hub has them, with a picture in each row."""
+    part = {"type": datasets.Value("string"), "text": datasets.Value("string")}
+    features = {
+        "messages": datasets.List({"role": datasets.Value("string"), "content": datasets.List(part)}),
+        "images": datasets.List(datasets.Image()),
+    }
+    colours = ["red", "green", "blue", "white"]
+    asked = [
         {
             "messages": [
                 {
                     "role": "user",
                     "content": [{"type": "image"}, {"type": "text", "text": f"What is number {number}?"}],
                 },
-                {"role": "assistant", "content": [{"type": "text", "text": f"A {name} square."}]},
+                {"role": "assistant", "content": [{"type": "text", "text": f"A {colours[number % 4]} square."}]},
             ],
-            "images": [Image.new("RGB", (40, 30), name)],
+            "images": [Image.new("RGB", (40, 30), colours[number % 4])],
         }
-        for number, name in enumerate(["red", "green", "blue", "white"] * 4)
+        for number in range(rows)
     ]
+    return datasets.Dataset.from_list(asked, features=datasets.Features(features))
+
+
+def test_a_dataset_is_streamed_from_the_hub(workplace, tmp_path):
+    """The same losses as by index from the file on disk, and nothing of the data set in the cache."""
     (tmp_path / "pets").mkdir()
-    part = {"type": datasets.Value("string"), "text": datasets.Value("string")}
-    features = {
-        "messages": datasets.List({"role": datasets.Value("string"), "content": datasets.List(part)}),
-        "images": datasets.List(datasets.Image()),
-    }
-    data = datasets.Dataset.from_list(rows, features=datasets.Features(features))
-    data.to_parquet(tmp_path / "pets" / "train-00000-of-00001.parquet")
-    losses = {}
+    file = tmp_path / "pets" / "train-00000-of-00001.parquet"
+    chat_data(16).to_parquet(file)
+    settings = settings_of(workplace, max_steps=4)
+    del settings["image_folder"]
+    on_disk = {"data_path": str(file), "output_dir": str(tmp_path / "disk"), "train_sampling_strategy": "sequential"}
+    expected = losses(trained(build_arguments({**settings, **on_disk})))
+    from_hub = {"data_path": "user/pets", "output_dir": "streamed", "streaming": True}
     with LocalHub(tmp_path / "hub") as hub:
         upload(hub, "datasets/user/pets", tmp_path / "pets")
         home = tmp_path / "home"
-        for where in ("user/pets", str(tmp_path / "pets" / "train-00000-of-00001.parquet")):
-            settings = settings_of(workplace, data_path=where, output_dir="run", streaming=True, max_steps=4)
-            del settings["image_folder"]
-            folder = tmp_path / str(len(losses))
-            folder.mkdir()
-            write_config(folder / "run.yaml", settings)
-            ran = python(
-                *("-m", "modeling_delta_llava.cli", "finetune", "run.yaml"),
-                cwd=folder,
-                **hub.environment(home),
-                HF_HUB_OFFLINE="0",
-            )
-            assert ran.returncode == 0, ran.stderr
-            state = json.loads((folder / "run" / "trainer_state.json").read_text())
-            losses[where] = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-            assert hub.requests(r"GET /datasets/user/pets/resolve/.*parquet")
+        ran = python(
+            *("-m", "modeling_delta_llava.cli", "finetune"),
+            write_config(tmp_path / "run.yaml", {**settings, **from_hub}),
+            cwd=tmp_path,
+            **hub.environment(home),
+            HF_HUB_OFFLINE="0",
+        )
+        assert ran.returncode == 0, ran.stderr
+        assert hub.requests(r"GET /datasets/user/pets/resolve/.*parquet")
         assert not [file for file in home.rglob("*") if file.suffix in (".parquet", ".arrow")]
-    first, second = losses.values()
-    assert len(first) == 4
-    assert first == second
+    state = json.loads((tmp_path / "streamed" / "trainer_state.json").read_text())
+    streamed = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert len(streamed) == 4
+    assert streamed == pytest.approx(expected, rel=1e-5)
 
 
 def check_frozen_files(folder):
@@ -194,14 +213,24 @@ def workplace(tmp_path_factory, exact_folder):
     return folder
 
 
-def with_row(row, suffix=".jsonl"):
+def with_row(row, **settings):
     """Bad data: two good rows and then `row`, on line 3 of a JSONL file."""
 
     def change(folder, workplace):
         rows = [*read_json_rows(workplace / "data" / "data.json")[:2], row]
         text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
-        (folder / f"data{suffix}").write_text(text)
-        return {"data_path": str(folder / f"data{suffix}")}
+        (folder / "data.jsonl").write_text(text)
+        return {"data_path": str(folder / "data.jsonl"), **settings}
+
+    return change
+
+
+def with_parquet(**settings):
+    """A chat data set in a parquet file."""
+
+    def change(folder, workplace):
+        chat_data(2).to_parquet(folder / "chat.parquet")
+        return {"data_path": str(folder / "chat.parquet"), **settings}
 
     return change
 
@@ -275,7 +304,7 @@ BAD_INPUTS = {
     "no pad token": (with_model("tokenizer_config.json", without_pad_token), "the tokenizer has no pad token"),
     "no assistant marks": (
         with_model("chat_template.jinja", lambda text: "{% for m in messages %}{{ m.content }}{% endfor %}"),
-        r"no {% generation %} marks",
+        r"no {% generation %} marks.*pass --format v1",
     ),
     "impossible budget": ({"visual_token_budgets": [16, 7]}, "budget 7 is not possible on a 4 x 4 grid.*16, 4, 1"),
     "default never trained": ({"visual_token_budgets": [16, 1]}, "default of 4 visual tokens.*--num_visual_tokens 16"),
@@ -287,6 +316,14 @@ BAD_INPUTS = {
         "output_dir: /proc/run cannot be made .*give another",
     ),
     "unknown setting": ({"learning_rat": 1}, "did you mean learning_rate"),
+    "a turn that the format cannot show": (
+        with_row({"conversations": turns(("system", "Be brief."), ASKED, ANSWERED)}, format="plain"),
+        r"line 3 \(row 2\): the chat template cannot show this conversation .*not system.*--on_bad_row skip",
+    ),
+    "several workers for a stream of `datasets`": (
+        with_parquet(streaming=True, dataloader_num_workers=4),
+        r"chat.parquet is streamed by `datasets`.*set dataloader_num_workers: 1",
+    ),
     "another kind of model": (
         with_model("config.json", lambda text: json.dumps({"model_type": "llama"})),
         "is a llama model, no Delta-LLaVA",
@@ -402,3 +439,25 @@ def test_check_data_reports_everything(workplace, tmp_path, capsys):
     assert "Steps per epoch                      2 of 4 rows; 2 planned" in output
     assert "GB (estimated, nothing sharded)" in output
     assert not (tmp_path / "run").exists()
+
+
+def test_all_settings_are_listed(capsys):
+    assert cli.main(["finetune", "--list-settings"]) == 0
+    listed = capsys.readouterr().out
+    assert "vicuna-7b/stage2_qlora" in listed
+    assert "  lora_rank = 0\n      Rank of LoRA on the language model; 0 trains no LoRA.\n" in listed
+    assert "  on_broken_image = stop\n" in listed
+    assert re.search(r"\n  per_device_train_batch_size = 8\n {6}The batch size per device", listed)
+    for group in (ModelArguments, DataArguments, DeltaLlavaTrainingArguments):
+        for entry in dataclasses.fields(group):
+            assert f"\n  {entry.name} = " in listed or not entry.init
+
+
+def test_the_readme_finds_the_packaged_accelerate_configs():
+    """The shell line that sets CONFIGS in the README."""
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    ((code, folder),) = re.findall(r"^CONFIGS=\$\(python -c '(.*)'\)(.*)$", readme, re.MULTILINE)
+    found = python("-c", code).stdout.strip() + folder
+    launched = set(re.findall(r"\$CONFIGS/(\S+\.yaml)", readme))
+    assert launched
+    assert all((Path(found) / name).is_file() for name in launched)
