@@ -23,7 +23,6 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import UserError
-from ..finetuning.checkpoints import SAVE_ERRORS, is_no_space, one_line
 from . import exam
 from .drawings import DrawnSet, distinct_scenes, write_set
 from .language import make_language_model
@@ -148,7 +147,7 @@ def demo(output: Path, effort: Effort, console: Console) -> dict[str, Any]:
     # The parts end silently at Ctrl-C, which this process reports.
     ends = (signal.SIGINT, signal.SIG_DFL)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), signal.signal, ends) as pool:
-        seeing = pool.submit(make_tower, tower_folder, effort.tower_steps, SEED)
+        seeing = pool.submit(make_tower, tower_folder, effort.tower_steps, effort.train_pictures, SEED)
         reading = pool.submit(make_language_model, language_folder, effort.language_steps, SEED)
         reading.result()
         share = seeing.result()
@@ -217,6 +216,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--effort", type=float, default=1.0, help="share of pictures and steps; 0.02 only shows that everything runs"
     )
     options = parser.parse_args(arguments)
+    # Not above: the processes that train the two parts import this module too.
+    from ..finetuning.checkpoints import SAVE_ERRORS, is_no_space, one_line
+
     try:
         demo(options.output, Effort().scaled(options.effort), Console())
     except KeyboardInterrupt:

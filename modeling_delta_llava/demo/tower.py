@@ -91,8 +91,8 @@ class PatchLabeller(nn.Module):
 
 def train_tower(
     steps: int,
+    drawings: int,
     batch_size: int = 32,
-    pool_size: int = 2000,
     seed: int = 0,
     report: Callable[[int, float], None] | None = None,
 ) -> tuple[CLIPVisionModel, float]:
@@ -100,15 +100,15 @@ def train_tower(
 
     Args:
         steps: optimizer steps.
+        drawings: how many there are; each is seen several times.
         batch_size: drawings in a step.
-        pool_size: distinct drawings; each is seen several times.
         seed: seed of drawings, weights and order.
         report: called with (step, loss) after each step.
     Returns:
         The tower and the share of covered patches of unseen drawings of which it names everything right.
     """
     torch.manual_seed(seed)
-    pixels, labels = labelled_drawings(pool_size, seed)
+    pixels, labels = labelled_drawings(drawings, seed)
     model = PatchLabeller(CLIPVisionModel(tower_config()))
     # Most patches show the ground.
     weights = [torch.tensor([GROUND_WEIGHT] + [1.0] * len(names)) for names in LABELS.values()]
@@ -116,7 +116,7 @@ def train_tower(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.15)
     model.train()
     for step in range(steps):
-        chosen = torch.randint(pool_size, (batch_size,))
+        chosen = torch.randint(drawings, (batch_size,))
         losses = [
             nn.functional.cross_entropy(logits.flatten(0, 1), wanted[chosen].flatten(), weight)
             for logits, wanted, weight in zip(model(normalised(pixels[chosen])), labels, weights, strict=True)
@@ -137,7 +137,7 @@ def train_tower(
     return model.tower, right[labels[0] > 0].float().mean().item()
 
 
-def make_tower(folder: Path, steps: int, seed: int) -> float:
+def make_tower(folder: Path, steps: int, drawings: int, seed: int) -> float:
     """Trains a tower on one core, with a progress bar, and writes a folder as it has on the Hub.
 
     Returns:
@@ -145,7 +145,7 @@ def make_tower(folder: Path, steps: int, seed: int) -> float:
     """
     torch.set_num_threads(1)
     with tqdm(total=steps, desc="  the tower learns to see ", position=0) as bar:
-        tower, share = train_tower(steps, seed=seed, report=lambda step, loss: bar.update())
+        tower, share = train_tower(steps, drawings, seed=seed, report=lambda step, loss: bar.update())
     tower.save_pretrained(folder)
     settings = {
         "size": {"shortest_edge": IMAGE_SIZE},
