@@ -208,6 +208,7 @@ def prepare(arguments: RunArguments) -> tuple[DeltaLlavaTrainer, Path | None]:
     model = load_model(folder, model_arguments, training)
     set_trained(model, model_arguments)
     if model_arguments.lora_rank:
+        transformers.set_seed(training.seed)  # as `Trainer` does, but only after the adapter is drawn
         model = with_lora(model, model_arguments, gradient_checkpointing=bool(training.gradient_checkpointing))
         model.peft_config["default"].base_model_name_or_path = model_arguments.model or str(folder)
     trainer = DeltaLlavaTrainer(

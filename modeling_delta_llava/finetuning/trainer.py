@@ -10,12 +10,14 @@ from typing import Any
 import huggingface_hub
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
 
 from ..errors import UserError
+from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from .card import model_card
 from .checkpoints import (
     OPTIMIZER_BYTES,
@@ -338,6 +340,9 @@ class DeltaLlavaTrainer(Trainer):
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         if self.start_folder is not None and self.args.should_save and state_dict != {}:
             state_dict = with_stored_weights(state_dict or self.model.state_dict(), self.model, self.start_folder)
+        if isinstance(self.model, FSDPModule):
+            # FSDP2 derives a class in a module of torch, whose files would be saved in place of the model's code.
+            type(self.model).__module__ = DeltaLlavaForConditionalGeneration.__module__
         super()._save(str(folder), state_dict=state_dict)
         if self.args.should_save:
             if not (folder / "config.json").is_file():

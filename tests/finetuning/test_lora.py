@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from modeling_delta_llava import cli
 from modeling_delta_llava.finetuning.parts import LANGUAGE_MODEL, LORA, PROJECTOR, count_parts, part_of
@@ -69,6 +70,37 @@ def test_adapter_is_loaded_by_peft(arguments, exact_folder):
     assert not torch.allclose(logits(adapted, exact_folder), plain)
 
 
+class LastGradients(TrainerCallback):
+    """Keeps the gradients of the last step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients = {name: item.grad.clone() for name, item in model.named_parameters() if item.requires_grad}
+
+
+def test_gradient_checkpointing_leaves_the_gradients_as_they_are(arguments, tmp_path):
+    """As in the recipe. Weights that begin as zero are moved first, because others have no gradients till then."""
+    kept = {}
+    for checkpointing in (False, True):
+        settings = arguments(
+            **LORA_SETTINGS, max_steps=1, gradient_checkpointing=checkpointing, output_dir=str(tmp_path / "run")
+        )
+        trainer, _ = prepare(settings)
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                if parameter.requires_grad and not parameter.any():
+                    parameter += 0.01 * torch.linspace(-1, 1, parameter.numel()).reshape(parameter.shape)
+        trainer.add_callback(kept.setdefault(checkpointing, LastGradients()))
+        trainer.train()
+        used = [getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules()]
+        assert any(used) == checkpointing
+    plain, checkpointed = (kept[checkpointing].gradients for checkpointing in (False, True))
+    assert {part_of(name) for name in plain} == {LORA, PROJECTOR}
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        assert gradient.abs().sum() > 0, name
+        assert torch.allclose(checkpointed[name], gradient, atol=1e-6, rtol=1e-4), name
+
+
 def test_resumed_lora_equals_uninterrupted(arguments, tmp_path):
     settings = {**LORA_SETTINGS, "lora_dropout": 0.1, "save_strategy": "steps", "save_steps": 2}
     whole = trained(arguments(**settings))
@@ -110,3 +142,24 @@ def test_quantised_training_leaves_projector_tower_and_head_alone(arguments, exa
         if ".modules_to_save." in name:
             assert value.dtype == torch.float32
             assert not torch.equal(value, after[name.replace("modules_to_save.default", "original_module")]), name
+
+
+def test_qlora_is_merged_into_the_weights_before_quantisation(arguments, exact_folder, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    trainer = trained(arguments(**LORA_SETTINGS, quantization="4bit", learning_rate=1e-2, max_steps=2))
+    trainer.save_model()
+    assert "quantization_config" not in (tmp_path / "run" / "config.json").read_text()
+    merge = ["convert", str(tmp_path / "run"), str(tmp_path / "merged"), "--base-model", str(exact_folder)]
+    assert cli.main(merge) == 0, capsys.readouterr().err
+    before = weights(DeltaLlavaForConditionalGeneration.from_pretrained(exact_folder, dtype=torch.float32))
+    merged = DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    learned = weights(trainer.model)
+    compared = 0
+    for name, value in weights(merged).items():
+        prefix = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{prefix}.lora_A.default.weight" in learned:
+            factors = [learned[f"{prefix}.lora_{factor}.default.weight"] for factor in "BA"]
+            torch.testing.assert_close(value, before[name] + 8 / 4 * factors[0] @ factors[1], atol=1e-6, rtol=1e-5)
+            compared += 1
+    assert compared == sum(".lora_A." in name for name in learned)
+    assert torch.isfinite(logits(merged, tmp_path / "merged")).all()

@@ -128,7 +128,10 @@ def test_ddp_and_fsdp2_equal_one_process(settings, arguments, data_folder, tmp_p
     sharded = tmp_path / "result3"
     assert torch.load(sharded / "loss.pt")["loss"] == pytest.approx(loss, rel=1e-5)
     assert_same_weights(saved_weights(sharded), stepped, atol=1e-4, rtol=1e-3)
-    assert (sharded / "modeling_delta_llava.py").is_file()
+    code = {file.name for file in sharded.glob("*.py")}
+    assert code == {file.name for file in (tmp_path / "plain").glob("*.py")} >= {"modeling_delta_llava.py"}
+    maps = [json.loads((folder / "config.json").read_text())["auto_map"] for folder in (sharded, tmp_path / "plain")]
+    assert maps[0] == maps[1]
 
     one = trained(arguments(**streamed, output_dir=str(tmp_path / "streamed-one")))
     two = torch.load(themes[4]["result"])
