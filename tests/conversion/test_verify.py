@@ -1,9 +1,12 @@
 """verify: passes what convert wrote, and finds every single change."""
 
+import ctypes
 import gc
 import json
-import os
+import math
+import platform
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,6 +186,7 @@ def reference_of(source: Path) -> int:
     side = plan.config.vision_config.image_size
     ids = torch.tensor([[1, 5, 6]])
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier tests have freed is no room for this one
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = status_bytes("VmRSS")
     with TensorStream(scan=False) as stream:
@@ -192,14 +196,14 @@ def reference_of(source: Path) -> int:
     return status_bytes("VmHWM") - before
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel counts no peak memory here")
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="needs Linux with glibc")
 @pytest.mark.parametrize("tower_inside", ["old", None])
 def test_the_reference_stays_within_the_memory_that_is_asked_for(sources, tmp_path, tower_inside):
     layout = replace(
-        LAYOUT, text_hidden_size=512, text_intermediate_size=2048, text_heads=8, text_key_value_heads=8, text_layers=8
+        LAYOUT, text_hidden_size=512, text_intermediate_size=2048, text_heads=8, text_key_value_heads=8, text_layers=12
     )
-    tensors = write_stage2(tmp_path / "source", layout, dtype=torch.bfloat16, tower_inside=tower_inside)
-    weights = sum(tensor.numel() for tensor in tensors.values())
-    del tensors
+    write_stage2(tmp_path / "source", layout, dtype=torch.bfloat16, tower_inside=tower_inside)
+    plan = make_plan(str(tmp_path / "source"), Options())
+    weights = sum(math.prod(tensor.shape) for tensor in plan.tensors)
     reference_of(sources / "stage2")
-    assert 4 * weights < reference_of(tmp_path / "source") < module.NUMBERS_BYTES_PER_WEIGHT * weights
+    assert 3 * weights < reference_of(tmp_path / "source") < module.NUMBERS_BYTES_PER_WEIGHT * weights
