@@ -57,7 +57,7 @@ def test_own_configs_that_are_shortened_or_impossible(hub, refused, changes, mes
         ("processor_config.json", "{"),
         ("processor_config.json", '{"grid_size": 5, "num_visual_tokens": 4}'),
         ("tokenizer.json", "{}"),
-        ("tokenizer.json", '{"model": {"type": "none"}}'),
+        ("tokenizer.json", '{"added_tokens": [], "model": {"type": "Nonsense"}}'),
     ],
 )
 def test_a_damaged_processor(hub, refused, file, text):

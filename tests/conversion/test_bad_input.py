@@ -441,7 +441,7 @@ def test_configs_that_make_no_model(stage2, refused, changes, message):
 def test_a_damaged_tokenizer_of_the_library(tmp_path, refused):
     """The tokenizers library answers with a plain Exception."""
     write_stage2(tmp_path / "source", TrainingLayout(text_model_type="seed_oss"))
-    (tmp_path / "source" / "tokenizer.json").write_text('{"model": {"type": "none"}}')
+    change_json(tmp_path / "source" / "tokenizer.json", model={"type": "Nonsense"})
     assert f"no tokenizer could be loaded from {tmp_path / 'source'}" in refused(tmp_path / "source")
 
 

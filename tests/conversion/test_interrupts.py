@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from modeling_delta_llava.conversion import workspace
 from modeling_delta_llava.conversion.workspace import remove_leftovers, transaction
 from modeling_delta_llava.errors import UserError
 from tests.conversion.conftest import assert_same_tensors, read_tensors
@@ -160,14 +161,7 @@ def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch, mom
     assert list(tmp_path.iterdir()) == [output]
 
 
-def test_a_model_set_aside_by_a_dead_run_of_a_recycled_number_comes_back(tmp_path):
-    aside = tmp_path / f".output.replaced-{os.getpid()}-0"
-    aside.mkdir()
-    remove_leftovers(tmp_path / "output")
-    assert [path.name for path in tmp_path.iterdir()] == ["output"]
-
-
-def test_a_model_that_a_living_run_set_aside_is_left_alone(tmp_path, monkeypatch):
+def test_a_model_set_aside_comes_back_when_its_run_is_dead_and_not_before(tmp_path, monkeypatch):
     output = tmp_path / "output"
     output.mkdir()
     rename = os.rename
@@ -177,13 +171,18 @@ def test_a_model_that_a_living_run_set_aside_is_left_alone(tmp_path, monkeypatch
         rename(source, target)
         if source == output:
             remove_leftovers(output)
-            seen.extend(path.name.partition("-")[0] for path in tmp_path.iterdir())
+            seen.extend(sorted(path.name for path in tmp_path.iterdir()))
 
     monkeypatch.setattr(os, "rename", look)
     with transaction(output, overwrite=True) as building:
         (building / "config.json").write_text("new")
-    assert sorted(seen) == [".output.building", ".output.replaced"]
+    assert [name.partition("-")[0] for name in seen] == [".output.building", ".output.replaced"]
     assert [path.name for path in tmp_path.rglob("*")] == ["output", "config.json"]
+    # Killed at that moment, and its number now belongs to another process.
+    os.rename(output, tmp_path / seen[1])
+    monkeypatch.setattr(workspace, "_start_time", lambda pid: "7")
+    remove_leftovers(output)
+    assert list(tmp_path.iterdir()) == [output]
 
 
 def test_leftovers_of_a_name_with_glob_characters(tmp_path):
