@@ -1,6 +1,5 @@
 """What a run starts from: a Delta-LLaVA folder, or a language model and a vision tower joined by a new projector."""
 
-import json
 import logging
 import os
 import shutil
@@ -17,6 +16,7 @@ from transformers.integrations import deepspeed as deepspeed_integration
 from ..building import backbone_chat_template, build_processor, load_tokenizer, read_chat_template
 from ..configuration_delta_llava import DeltaLlavaConfig
 from ..errors import UserError
+from ..json_files import read_json
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
 from ..projector_delta_llava import DeltaLlavaProjector
@@ -114,7 +114,7 @@ def read_base_parts(model: ModelArguments, data: DataArguments, weights: bool = 
             "another --vision_tower"
         ) from None
     preprocessor_file = vision_folder / "preprocessor_config.json"
-    preprocessor = json.loads(preprocessor_file.read_text(encoding="utf-8")) if preprocessor_file.is_file() else None
+    preprocessor = read_json(preprocessor_file) if preprocessor_file.is_file() else None
     if data.format == "v1":
         template = read_chat_template("vicuna_v1", image_token)
     else:
