@@ -21,6 +21,7 @@ from tests import tiny
 from tests.finetuning.conftest import write_data
 from tests.finetuning.helpers import Recorder, assert_same_weights, losses, python, trained, weights, write_config
 from tests.hub_cards.local_hub import LocalHub
+from tests.training_layout import TrainingLayout, write_base_model, write_tower
 
 
 def plain_step(folder, rows, image_folder, rate):
@@ -428,8 +429,6 @@ def test_workers_do_not_change_the_run(arguments, tmp_path):
 
 
 def test_composing_a_language_model_and_a_tower(arguments, tmp_path):
-    from tests.training_layout import TrainingLayout, write_base_model, write_tower
-
     layout = TrainingLayout()
     tensors = write_base_model(tmp_path / "llm", layout)
     write_tower(tmp_path / "tower", layout)
@@ -505,6 +504,17 @@ def test_bad_folders(arguments, tmp_path, hub_folder):
     with pytest.raises(UserError, match="holds a model that `finetune` did not write"):
         run(arguments(output_dir=str(tmp_path / "llama")))
     assert sorted((tmp_path / "llama").iterdir()) == before
+
+
+def test_a_damaged_preprocessor_of_a_tower_is_named(arguments, tmp_path):
+    layout = TrainingLayout()
+    write_base_model(tmp_path / "llm", layout)
+    write_tower(tmp_path / "tower", layout)
+    (tmp_path / "tower" / "preprocessor_config.json").write_text("{")
+    parts = {"model": None, "language_model": str(tmp_path / "llm"), "vision_tower": str(tmp_path / "tower")}
+    projector = {"memory_feature_layers": [2, 4, 6, 7]}
+    with pytest.raises(UserError, match=r"tower.preprocessor_config\.json is not valid JSON"):
+        run(arguments(**parts, projector=projector, num_visual_tokens=4))
 
 
 def test_missing_pictures_stop_before_the_first_step(arguments, tmp_path):
