@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import nn
@@ -82,6 +83,7 @@ def gather(arguments: RunArguments, processor: DeltaLlavaProcessor) -> DataFacts
     budget = max(budgets) if budgets else processor.num_visual_tokens
     rows = load_rows(data.data_path, data.split, streaming=data.streaming, on_bad_row="skip")
     folder = Path(data.image_folder).expanduser() if data.image_folder is not None else None
+    encoding = Lock()  # transformers' templates with assistant marks render for one thread at a time
 
     def raw_rows() -> Iterator[tuple[int, object]]:
         if data.streaming:
@@ -94,7 +96,8 @@ def gather(arguments: RunArguments, processor: DeltaLlavaProcessor) -> DataFacts
         index, row = numbered
         try:
             sample = parse_row(row)
-            encoded = encoder.encode(sample.messages)
+            with encoding:
+                encoded = encoder.encode(sample.messages)
         except RowError as error:
             where = f"{data.data_path}: row {index}" if data.streaming else rows.where(index)
             return RowFacts(problem=f"{where}: {error}", kind="malformed rows")
