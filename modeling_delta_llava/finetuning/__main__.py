@@ -2,6 +2,8 @@
 
 import sys
 
+import torch.distributed as dist
+
 from ..errors import UserError
 from .checkpoints import one_line
 from .run import finetune
@@ -14,6 +16,9 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments else 2
     try:
         finetune(arguments[0], arguments[1:])
+        if dist.is_initialized():
+            dist.barrier()  # no process leaves while another still talks to it
+            dist.destroy_process_group()
     except (UserError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2

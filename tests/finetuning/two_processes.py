@@ -84,6 +84,7 @@ def main():
                 shutil.rmtree(theme["forget"])
             dist.barrier()
         {"train": train, "run": whole_run, "shard": shard}[theme["theme"]](theme["settings"], theme["result"])
+    dist.barrier()  # gloo aborts a process that leaves while another still talks to it
     dist.destroy_process_group()
 
 
