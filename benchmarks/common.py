@@ -22,13 +22,18 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     """Descriptions as written, and defaults in the help of every option."""
 
 
-def parser(description: str, output: str) -> argparse.ArgumentParser:
-    """Argument parser with what every script takes; the result is written to `results/<output>-<device type>.json`."""
+def parser(description: str, output: str, warmup: int | None = None) -> argparse.ArgumentParser:
+    """Argument parser with what every script takes; the result is written to `results/<output>-<device type>.json`.
+
+    `warmup` is the default of `--warmup`, for scripts that offer it.
+    """
     result = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     result.add_argument("--device", default=default_device, help="torch device to measure on")
     result.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of torch")
     result.add_argument("--repeats", type=int, default=7, help="timed rounds; medians are reported")
+    if warmup is not None:
+        result.add_argument("--warmup", type=int, default=warmup, help="rounds before the timed ones")
     result.add_argument("--seed", type=int, default=0, help="seed of weights and inputs")
     result.add_argument("--output", type=Path, default=None, help=f"JSON result [results/{output}-DEVICE.json]")
     result.set_defaults(name=output)
@@ -112,14 +117,6 @@ def median_ms(seconds: list[float]) -> float:
 def ratio(baseline: list[float], ours: list[float]) -> float:
     """How many times faster than the baseline: the median over rounds of the ratio within each round."""
     return round(statistics.median(slow / fast for slow, fast in zip(baseline, ours, strict=True)), 3)
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
-    """FLOP/s of a large square matrix product, laid out as a Linear's: what the machine computes at best."""
-    size = size or (8192 if device.type == "cuda" else 2048)
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = measure({"matmul": lambda: left @ right.T}, device, repeats=9)["matmul"]
-    return 2 * size**3 / min(seconds)
 
 
 def copy_bandwidth(device: torch.device) -> float:

@@ -15,7 +15,6 @@ Within a round LLaVA and every budget take turns; ratios are medians over rounds
 """
 
 import argparse
-import gc
 import statistics
 from functools import partial
 
@@ -165,11 +164,20 @@ def run(arguments, device: torch.device) -> dict:
         models[str(budget)] = model
         prompts[str(budget)] = {**prompt(config, budget, text_tokens, pixels), "num_visual_tokens": counts.to(device)}
         encoders[str(budget)] = lambda counts=counts: model.get_image_features(pixels, num_visual_tokens=counts)
+    peaks = {}
+
+    def whole_answer(name: str):
+        reset_peak_memory(device)
+        generate(models[name], prompts[name], new_tokens)
+        peaks[name] = peak_memory(device)
+
     functions = {f"encoding {name}": encode for name, encode in encoders.items()}
     for name, inputs in prompts.items():
-        answer = partial(generate, models[name], inputs)
-        functions |= {f"first {name}": partial(answer, 1), f"answer {name}": partial(answer, new_tokens)}
-    times = measure(functions, device, arguments.repeats, warmup=1)
+        functions |= {
+            f"first {name}": partial(generate, models[name], inputs, 1),
+            f"answer {name}": partial(whole_answer, name),
+        }
+    times = measure(functions, device, arguments.repeats, arguments.warmup)
 
     llava = report(times, "llava", new_tokens)
     rows = []
@@ -192,10 +200,7 @@ def run(arguments, device: torch.device) -> dict:
             )
         rows.append(row)
     for name, row in [("llava", llava), *((str(row["num_visual_tokens"]), row) for row in rows)]:
-        gc.collect()
-        reset_peak_memory(device)
-        functions[f"answer {name}"]()
-        row["peak_memory_mib"] = peak_memory(device)
+        row["peak_memory_mib"] = peaks[name]
     return {
         "copy_bandwidth_gb_per_s": round(bandwidth / 1e9, 1),
         "weight_gb_read_per_step": round(weight_bytes / 1e9, 3),
@@ -213,7 +218,7 @@ def compiled_rate(model: nn.Module, inputs: dict, new_tokens: int, device: torch
 
 
 def main():
-    arguments_parser = parser(__doc__, "end_to_end")
+    arguments_parser = parser(__doc__, "end_to_end", warmup=1)
     arguments_parser.add_argument("--geometry", choices=GEOMETRIES, default="small", help="language model")
     arguments_parser.add_argument("--layers", type=int, default=None, help="decoder layers to keep [all]")
     arguments_parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")

@@ -207,14 +207,15 @@ def publish_all(
 ) -> list[Report]:
     """Publishes every Hub folder inside `folder` as namespace/NAME-OF-THE-FOLDER and gathers them in a collection.
 
-    All folders pass the preflight before the first is sent.
+    All folders pass the preflight before the first is sent. Names with a leading underscore are left out, such as
+    `_base` of a finetuning run.
 
     Raises:
         UserError: as [`publish`]; also when there is no Hub folder inside.
     """
     options = options or PublishOptions()
     folder = Path(folder)
-    folders = sorted(file.parent for file in folder.glob("*/config.json"))
+    folders = sorted(file.parent for file in folder.glob("[!_]*/config.json"))
     if not folders:
         raise UserError(f"{folder} holds no Hub folders (none of its folders has a config.json)")
     repo_ids = [f"{namespace}/{entry.name}" for entry in folders]

@@ -19,10 +19,10 @@ from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
 from .arguments import ModelArguments, RunArguments
 from .checkpoints import OPTIMIZER_BYTES
-from .data import load_rows
+from .data import JsonLines, load_rows
 from .parts import count_parts, set_trained, with_lora
 from .pictures import BrokenImageError, open_image
-from .rows import RowError, parse_row
+from .rows import RowError, parse_line, parse_row
 from .start import check_budgets, read_start
 from .text import IGNORED_LABEL, ConversationEncoder, expand
 
@@ -85,8 +85,12 @@ def gather(arguments: RunArguments, processor: DeltaLlavaProcessor) -> DataFacts
     folder = Path(data.image_folder).expanduser() if data.image_folder is not None else None
     encoding = Lock()  # transformers' templates with assistant marks render for one thread at a time
 
+    unit = "line" if isinstance(rows, JsonLines) else "row"
+
     def raw_rows() -> Iterator[tuple[int, object]]:
-        if data.streaming:
+        if isinstance(rows, JsonLines):
+            yield from ((number, parse_line(line)) for number, line in rows.lines())
+        elif data.streaming:
             yield from enumerate(rows)
         else:
             for index in range(len(rows)):
@@ -99,14 +103,14 @@ def gather(arguments: RunArguments, processor: DeltaLlavaProcessor) -> DataFacts
             with encoding:
                 encoded = encoder.encode(sample.messages)
         except RowError as error:
-            where = f"{data.data_path}: row {index}" if data.streaming else rows.where(index)
+            where = f"{data.data_path}: {unit} {index}" if data.streaming else rows.where(index)
             return RowFacts(problem=f"{where}: {error}", kind="malformed rows")
         for image in sample.images:
             try:
                 open_image(image, folder, data.max_image_pixels)
             except BrokenImageError as error:
                 kind = "missing images" if str(error).endswith(": missing") else "broken images"
-                return RowFacts(problem=f"row {index}: {error}", kind=kind)
+                return RowFacts(problem=f"{unit} {index}: {error}", kind=kind)
         text = expand(encoded, processor.image_token_id, budget, data.max_length)
         learned = sum(label != IGNORED_LABEL for label in text.labels)
         return RowFacts(
@@ -115,7 +119,7 @@ def gather(arguments: RunArguments, processor: DeltaLlavaProcessor) -> DataFacts
             images=text.num_images,
             was_cut=text.was_cut,
             dropped_leading_answer=sample.dropped_leading_answer,
-            problem=None if learned else f"row {index}: nothing to learn within max_length={data.max_length}",
+            problem=None if learned else f"{unit} {index}: nothing to learn within max_length={data.max_length}",
             kind="usable" if learned else "rows with nothing to learn",
         )
 

@@ -59,6 +59,9 @@ IDENTITY = (
 )
 # Rows of one optimizer step over all devices: decides the order of the rows, however it is split.
 TOTAL_BATCH_SIZE = "total_batch_size"
+# Whether the projector is a parameter group of its own, which decides what the optimizer's state looks like. The rate
+# itself comes with that state.
+PROJECTOR_GROUP = "projector_learning_rate_given"
 # Bytes per weight beside the weight itself that AdamW keeps of what is trained: two moments in fp32.
 OPTIMIZER_BYTES = 8
 # What writing files raises: Python itself, safetensors, and torch.save.
@@ -72,14 +75,16 @@ NO_SPACE_WORDS = (
 
 
 def run_identity(model: Any, data: Any, training: Any) -> dict[str, Any]:
-    """What tells a run from others: the values of `IDENTITY`, defaults included, and the rows of one step.
+    """What tells a run from others: the values of `IDENTITY`, defaults included, the rows of one step, and whether the
+    projector has a learning rate of its own.
 
     Args:
         model, data, training: the run's arguments, as dataclasses.
     """
     values = {**vars(model), **vars(data), **vars(training)}
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
-    return {name: values[name] for name in IDENTITY} | {TOTAL_BATCH_SIZE: rows}
+    identity = {name: values[name] for name in IDENTITY}
+    return identity | {TOTAL_BATCH_SIZE: rows, PROJECTOR_GROUP: training.projector_learning_rate is not None}
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -145,7 +150,7 @@ def check_identity(checkpoint: Path, settings: dict[str, Any]) -> None:
             f"{checkpoint}: no {SETTINGS_FILE}, so this is no checkpoint of `finetune`; give another folder"
         )
     stored = read_stored_settings(checkpoint)
-    names = [name for name in (*IDENTITY, TOTAL_BATCH_SIZE) if name in stored]
+    names = [name for name in (*IDENTITY, TOTAL_BATCH_SIZE, PROJECTOR_GROUP) if name in stored]
     different = [name for name in names if stored[name] != settings.get(name)]
     if different:
         name = different[0]

@@ -121,7 +121,7 @@ def load_rows(
         data_path: a LLaVA `.json` / `.jsonl` file, a folder written by `Dataset.save_to_disk`, a `.parquet` file, or
             the name of a dataset on the Hub.
         split: the split to read where the dataset has several.
-        streaming: read the rows one after the other instead of by index; returns an iterable of raw rows.
+        streaming: read the rows one after the other instead of by index; returns `JsonLines`, or an iterable of rows.
         on_bad_row: "stop" raises at a JSONL line that is no JSON, "skip" makes it a bad row (see [`parse_line`]).
     Raises:
         UserError: nothing readable is there.
@@ -177,9 +177,6 @@ class JsonLines:
 
     def __init__(self, path: Path):
         self.path = path
-
-    def __iter__(self) -> Iterator[Any]:
-        return (parse_line(line) for _, line in self.lines())
 
     def lines(self) -> Iterator[tuple[int, str]]:
         """The number (from 1) and text of each line that is not empty."""

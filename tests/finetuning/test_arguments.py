@@ -117,6 +117,8 @@ def test_a_run_is_told_by_what_its_settings_mean(tmp_path):
             check_identity(tmp_path, build_arguments({**given, name: value}).settings)
     with pytest.raises(UserError, match=r"total_batch_size differ \(total_batch_size was 8, now 16\)"):
         check_identity(tmp_path, build_arguments({**given, "gradient_accumulation_steps": 2}).settings)
+    with pytest.raises(UserError, match="projector_learning_rate_given differ"):
+        check_identity(tmp_path, build_arguments({**given, "projector_learning_rate": 1e-4}).settings)
     write_settings(tmp_path, MINIMAL)
     check_identity(tmp_path, build_arguments({**given, "seed": 7}).settings)
     with pytest.raises(UserError, match="model differ"):

@@ -128,6 +128,7 @@ def test_all_variants_of_a_folder_are_gathered(hub, cli, tmp_path):
         made = tiny.write_hub_folder(everything / name, num_visual_tokens=[4, 1][index])
         write_card(made, repo_id=f"org-lab/{name}", licence="mit")
     (everything / "notes").mkdir()
+    tiny.write_hub_folder(everything / "_base")
     process = cli("publish", "--all", everything, "--namespace", "org-lab", "--tag", "v1.0", "--no-load")
     assert process.returncode == 0, process.stderr
     for name in ("delta-llava-a", "delta-llava-b"):
