@@ -92,12 +92,15 @@ def synchronize(device: torch.device):
 def measure(
     functions: dict[str, Callable[[], object]], device: torch.device, repeats: int, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of every call, by name. The functions take turns, so that drift of the machine hits all of them."""
+    """Seconds of every call, by name. The functions take turns, so that drift of the machine hits all of them.
+
+    Garbage is collected between rounds and at no other time.
+    """
     times = {name: [] for name in functions}
-    gc.collect()
     gc.disable()
     try:
         for repeat in range(-warmup, repeats):
+            gc.collect()
             for name, function in functions.items():
                 synchronize(device)
                 begin = time.perf_counter()

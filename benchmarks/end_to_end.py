@@ -5,9 +5,10 @@ the fused Delta projector at every budget here, LLaVA-1.5's MLP at the full grid
 not depend on them. Reported are
 
 * encoding: tower + projector, milliseconds per image;
-* time to first token, and how its ratio to LLaVA's compares with the ratio of their FLOPs;
-* decoding: tokens per second, also as a share of the bandwidth limit (bytes of weights that a step reads over the
-  measured copy bandwidth), and generated tokens per second of a whole answer (the curve of the paper's Section 6.5);
+* time to first token (its logits), and how its ratio to LLaVA's compares with the ratio of their FLOPs;
+* decoding: tokens per second after the first, also as a share of the bandwidth limit (bytes of weights that a step
+  reads over the measured copy bandwidth), and generated tokens per second of a whole answer (the curve of the paper's
+  Section 6.5);
 * peak memory of an answer; on a CPU that of the process, which holds both models;
 * on a CUDA device, or with --compile: decoding with a static cache and torch.compile against eager decoding.
 
@@ -16,6 +17,7 @@ Within a round LLaVA and every budget take turns; ratios are medians over rounds
 
 import argparse
 import statistics
+import time
 from functools import partial
 
 import torch
@@ -30,10 +32,11 @@ from common import (
     ratio,
     reset_peak_memory,
     start,
+    synchronize,
     write_result,
 )
 from torch import nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LogitsProcessor
 
 from modeling_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from modeling_delta_llava.evaluation.backbones import LANGUAGE_MODELS, VISION_TOWERS
@@ -110,25 +113,71 @@ def prompt(config: DeltaLlavaConfig, tokens: int, text_tokens: int, pixels: torc
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "pixel_values": pixels}
 
 
-def generate(model: nn.Module, inputs: dict, new_tokens: int, **kwargs):
-    return model.generate(
-        **inputs, do_sample=False, min_new_tokens=new_tokens, max_new_tokens=new_tokens, pad_token_id=0, **kwargs
-    )
+class Clock(LogitsProcessor):
+    """Seconds from its making to the first logits, in an answer that it is handed to."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.begin = time.perf_counter()
+        self.first = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.first is None:
+            synchronize(self.device)
+            self.first = time.perf_counter() - self.begin
+        return scores
 
 
-def decode_rate(answer: list[float], first: list[float], new_tokens: int) -> float:
-    """Tokens per second after the first: the median over rounds."""
-    return (new_tokens - 1) / statistics.median(whole - begin for whole, begin in zip(answer, first, strict=True))
+class Answers:
+    """Answers of one prompt as a function to time; keeps the time to first token and the peak memory of each call."""
+
+    def __init__(self, model: nn.Module, inputs: dict, new_tokens: int, device: torch.device, **kwargs):
+        self.generate = partial(
+            model.generate,
+            **inputs,
+            do_sample=False,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            pad_token_id=0,
+            **kwargs,
+        )
+        self.new_tokens = new_tokens
+        self.device = device
+        self.first = []
+        self.peak_memory_mib = None
+
+    def __call__(self) -> torch.Tensor:
+        reset_peak_memory(self.device)
+        clock = Clock(self.device)
+        tokens = self.generate(logits_processor=[clock])
+        self.first.append(clock.first)
+        self.peak_memory_mib = peak_memory(self.device)
+        return tokens
+
+    def decode_rate(self, seconds: list[float]) -> float:
+        """Tokens per second after the first, from the seconds of whole calls: the median over them."""
+        decoding = statistics.median(whole - first for whole, first in zip(seconds, self.first, strict=True))
+        return round((self.new_tokens - 1) / decoding, 2)
 
 
-def report(times: dict[str, list[float]], name: str, new_tokens: int) -> dict[str, object]:
+def measure_answers(
+    answers: dict[str, Answers], device: torch.device, repeats: int, warmup: int
+) -> dict[str, list[float]]:
+    """Seconds of every answer, by name; what was kept of the rounds before is dropped."""
+    seconds = measure(answers, device, repeats, warmup)
+    for each in answers.values():
+        del each.first[:warmup]
+    return seconds
+
+
+def report(encoding: list[float], seconds: list[float], answers: Answers) -> dict[str, object]:
     """What LLaVA and every budget are described by."""
-    first, answer = times[f"first {name}"], times[f"answer {name}"]
     return {
-        "encoding_ms": median_ms(times[f"encoding {name}"]),
-        "time_to_first_token_ms": median_ms(first),
-        "decode_tokens_per_s": round(decode_rate(answer, first, new_tokens), 2),
-        "answer_tokens_per_s": round(new_tokens / statistics.median(answer), 2),
+        "encoding_ms": median_ms(encoding),
+        "time_to_first_token_ms": median_ms(answers.first),
+        "decode_tokens_per_s": answers.decode_rate(seconds),
+        "answer_tokens_per_s": round(answers.new_tokens / statistics.median(seconds), 2),
+        "peak_memory_mib": answers.peak_memory_mib,
     }
 
 
@@ -164,57 +213,37 @@ def run(arguments, device: torch.device) -> dict:
         models[str(budget)] = model
         prompts[str(budget)] = {**prompt(config, budget, text_tokens, pixels), "num_visual_tokens": counts.to(device)}
         encoders[str(budget)] = lambda counts=counts: model.get_image_features(pixels, num_visual_tokens=counts)
-    peaks = {}
+    encoding = measure(encoders, device, arguments.repeats, max(1, arguments.warmup))
+    answers = {name: Answers(models[name], inputs, new_tokens, device) for name, inputs in prompts.items()}
+    seconds = measure_answers(answers, device, arguments.repeats, arguments.warmup)
 
-    def whole_answer(name: str):
-        reset_peak_memory(device)
-        generate(models[name], prompts[name], new_tokens)
-        peaks[name] = peak_memory(device)
-
-    functions = {f"encoding {name}": encode for name, encode in encoders.items()}
-    for name, inputs in prompts.items():
-        functions |= {
-            f"first {name}": partial(generate, models[name], inputs, 1),
-            f"answer {name}": partial(whole_answer, name),
-        }
-    times = measure(functions, device, arguments.repeats, arguments.warmup)
-
-    llava = report(times, "llava", new_tokens)
+    llava = report(encoding["llava"], seconds["llava"], answers["llava"])
     rows = []
     for budget in budgets:
         name = str(budget)
-        row = {"num_visual_tokens": budget, **report(times, name, new_tokens)}
-        first_ratio = ratio(times["first llava"], times[f"first {name}"])
+        row = {"num_visual_tokens": budget, **report(encoding[name], seconds[name], answers[name])}
+        first_ratio = ratio(answers["llava"].first, answers[name].first)
         flops_ratio = native_flops / closed_form(config, budget, text_tokens, 1, fused=True).total
         row |= {
-            "encoding_llava_over_ours": ratio(times["encoding llava"], times[f"encoding {name}"]),
+            "encoding_llava_over_ours": ratio(encoding["llava"], encoding[name]),
             "time_to_first_token_llava_over_ours": first_ratio,
             "flops_llava_over_ours": round(flops_ratio, 3),
             "time_ratio_over_flops_ratio": round(first_ratio / flops_ratio, 3),
-            "answer_llava_over_ours": ratio(times["answer llava"], times[f"answer {name}"]),
+            "answer_llava_over_ours": ratio(seconds["llava"], seconds[name]),
             "decode_share_of_bandwidth_limit": round(row["decode_tokens_per_s"] * weight_bytes / bandwidth, 3),
         }
         if arguments.compile:
-            row["compiled_decode_tokens_per_s"] = compiled_rate(
-                model, prompts[name], new_tokens, device, arguments.repeats
-            )
+            # A static cache lets `generate` compile the decoding step. The first two calls compile, whatever --warmup.
+            compiled = Answers(model, prompts[name], new_tokens, device, cache_implementation="static")
+            times = measure_answers({name: compiled}, device, arguments.repeats, warmup=2)
+            row["compiled_decode_tokens_per_s"] = compiled.decode_rate(times[name])
         rows.append(row)
-    for name, row in [("llava", llava), *((str(row["num_visual_tokens"]), row) for row in rows)]:
-        row["peak_memory_mib"] = peaks[name]
     return {
         "copy_bandwidth_gb_per_s": round(bandwidth / 1e9, 1),
         "weight_gb_read_per_step": round(weight_bytes / 1e9, 3),
         "llava_576": llava,
         "rows": rows,
     }
-
-
-def compiled_rate(model: nn.Module, inputs: dict, new_tokens: int, device: torch.device, repeats: int) -> float:
-    """Tokens per second of decoding with a static cache, which lets `generate` compile the decoding step."""
-    static = {"cache_implementation": "static"}
-    answer = partial(generate, model, inputs, **static)
-    times = measure({"first": partial(answer, 1), "answer": partial(answer, new_tokens)}, device, repeats, warmup=2)
-    return round(decode_rate(times["answer"], times["first"], new_tokens), 2)
 
 
 def main():

@@ -217,7 +217,7 @@ def publish_all(
     folder = Path(folder)
     folders = sorted(file.parent for file in folder.glob("[!_]*/config.json"))
     if not folders:
-        raise UserError(f"{folder} holds no Hub folders (none of its folders has a config.json)")
+        raise UserError(f"{folder} holds no Hub folders (no folder with a config.json and a name without leading _)")
     repo_ids = [f"{namespace}/{entry.name}" for entry in folders]
     for repo_id in repo_ids:
         check_options(repo_id, options)

@@ -292,7 +292,8 @@ def publish(
     folder: Annotated[Path | None, typer.Argument(help="Hub folder with a card.")] = None,
     repo_id: Annotated[str | None, typer.Argument(help="NAMESPACE/NAME on the Hub.")] = None,
     everything: Annotated[
-        Path | None, typer.Option("--all", help="Publish every Hub folder in here instead, under its own name.")
+        Path | None,
+        typer.Option("--all", help="Publish every Hub folder in here instead (none named _*)."),
     ] = None,
     namespace: Annotated[str | None, typer.Option(help="With --all: user or organisation to publish under.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,

@@ -59,8 +59,8 @@ IDENTITY = (
 )
 # Rows of one optimizer step over all devices: decides the order of the rows, however it is split.
 TOTAL_BATCH_SIZE = "total_batch_size"
-# Whether the projector is a parameter group of its own, which decides what the optimizer's state looks like. The rate
-# itself comes with that state.
+# Whether the projector was given a learning rate, which may split the optimizer's parameter groups. The rate itself
+# comes with the optimizer's state.
 PROJECTOR_GROUP = "projector_learning_rate_given"
 # Bytes per weight beside the weight itself that AdamW keeps of what is trained: two moments in fp32.
 OPTIMIZER_BYTES = 8
@@ -144,7 +144,7 @@ def checkpoint_to_resume(resume: str | bool | None, output_dir: Path, settings: 
 
 
 def check_identity(checkpoint: Path, settings: dict[str, Any]) -> None:
-    """Raises `UserError` when a checkpoint was written by a run with another model or other data."""
+    """Raises `UserError` when a checkpoint was written by a run with another model, other data or parameter groups."""
     if not (checkpoint / SETTINGS_FILE).is_file():
         raise UserError(
             f"{checkpoint}: no {SETTINGS_FILE}, so this is no checkpoint of `finetune`; give another folder"

@@ -317,7 +317,7 @@ class StreamedDataset(IterableDataset):
 
     def __init__(
         self,
-        rows: Iterable[Any],
+        rows: JsonLines | Iterable[Any],
         dataset: ConversationDataset,
         name: str,
         block_size: int,

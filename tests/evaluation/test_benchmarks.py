@@ -4,6 +4,7 @@ import importlib
 import json
 import runpy
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -54,10 +55,17 @@ def test_both_models_of_the_end_to_end_comparison_share_their_parts(benchmark):
     assert native.model.language_model is model.model.language_model
     assert native.model.vision_tower is model.model.vision_tower
     assert not any(weight.is_meta for one in (model, native) for weight in (*one.parameters(), *one.buffers()))
-    inputs = end_to_end.prompt(model.config, 16, 6, torch.randn(1, 3, 32, 32))
-    assert end_to_end.generate(native, inputs, 2).shape == (1, 6 + 16 + 2)
-    inputs = end_to_end.prompt(model.config, 4, 6, torch.randn(1, 3, 32, 32))
-    assert end_to_end.generate(model, inputs, 2).shape == (1, 6 + 4 + 2)
+    for one, tokens in ((native, 16), (model, 4)):
+        inputs = end_to_end.prompt(model.config, tokens, 6, torch.randn(1, 3, 32, 32))
+        answers = end_to_end.Answers(one, inputs, 5, torch.device("cpu"))
+        seconds = []
+        for _ in range(2):
+            begin = time.perf_counter()
+            assert answers().shape == (1, 6 + tokens + 5)
+            seconds.append(time.perf_counter() - begin)
+        assert all(0 < first < whole for first, whole in zip(answers.first, seconds, strict=True))
+        assert answers.decode_rate(seconds) > 0
+        assert answers.peak_memory_mib > 0
 
 
 def test_timing_takes_turns_and_ratios_are_within_rounds(benchmark):
