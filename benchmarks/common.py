@@ -94,7 +94,7 @@ def measure(
 ) -> dict[str, list[float]]:
     """Seconds of every call, by name. The functions take turns, so that drift of the machine hits all of them.
 
-    Garbage is collected between rounds and at no other time.
+    Garbage is collected before each round, never within one.
     """
     times = {name: [] for name in functions}
     gc.disable()

@@ -293,7 +293,7 @@ def publish(
     repo_id: Annotated[str | None, typer.Argument(help="NAMESPACE/NAME on the Hub.")] = None,
     everything: Annotated[
         Path | None,
-        typer.Option("--all", help="Publish every Hub folder in here instead (none named _*)."),
+        typer.Option("--all", help="Publish every Hub folder in here, save those named _..., under its own name."),
     ] = None,
     namespace: Annotated[str | None, typer.Option(help="With --all: user or organisation to publish under.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,

@@ -144,7 +144,7 @@ def checkpoint_to_resume(resume: str | bool | None, output_dir: Path, settings: 
 
 
 def check_identity(checkpoint: Path, settings: dict[str, Any]) -> None:
-    """Raises `UserError` when a checkpoint was written by a run with another model, other data or parameter groups."""
+    """Raises `UserError` when a checkpoint was written by a run with another [`run_identity`]."""
     if not (checkpoint / SETTINGS_FILE).is_file():
         raise UserError(
             f"{checkpoint}: no {SETTINGS_FILE}, so this is no checkpoint of `finetune`; give another folder"

@@ -68,6 +68,29 @@ def test_both_models_of_the_end_to_end_comparison_share_their_parts(benchmark):
         assert answers.peak_memory_mib > 0
 
 
+def test_the_clock_stops_at_the_first_logits(benchmark):
+    clock = benchmark("end_to_end").Clock(torch.device("cpu"))
+    scores = torch.randn(1, 4)
+    assert clock(torch.zeros(1, 3), scores) is scores
+    first = clock.first
+    clock(torch.zeros(1, 4), scores)
+    assert 0 < clock.first == first
+
+
+def test_first_tokens_of_the_warm_up_are_dropped(benchmark):
+    class Answers:
+        def __init__(self):
+            self.first = []
+
+        def __call__(self):
+            self.first.append(len(self.first))
+
+    answers = {"a": Answers(), "b": Answers()}
+    seconds = benchmark("end_to_end").measure_answers(answers, torch.device("cpu"), repeats=2, warmup=1)
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
+    assert [each.first for each in answers.values()] == [[1, 2], [1, 2]]
+
+
 def test_timing_takes_turns_and_ratios_are_within_rounds(benchmark):
     common = benchmark("common")
     calls = []
