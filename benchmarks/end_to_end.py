@@ -17,7 +17,6 @@ Within a round LLaVA and every budget take turns; ratios are medians over rounds
 
 import argparse
 import statistics
-import time
 from functools import partial
 
 import torch
@@ -32,15 +31,15 @@ from common import (
     ratio,
     reset_peak_memory,
     start,
-    synchronize,
     write_result,
 )
 from torch import nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LogitsProcessor
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from modeling_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from modeling_delta_llava.evaluation.backbones import LANGUAGE_MODELS, VISION_TOWERS
 from modeling_delta_llava.evaluation.counts import TextGeometry, closed_form, tower_flops
+from modeling_delta_llava.evaluation.measurements import FirstTokenClock
 
 GEOMETRIES = {
     # Tower and projector as released; a language model small enough for any machine.
@@ -113,21 +112,6 @@ def prompt(config: DeltaLlavaConfig, tokens: int, text_tokens: int, pixels: torc
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "pixel_values": pixels}
 
 
-class Clock(LogitsProcessor):
-    """Seconds from its making to the first logits, in an answer that it is handed to."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.begin = time.perf_counter()
-        self.first = None
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.first is None:
-            synchronize(self.device)
-            self.first = time.perf_counter() - self.begin
-        return scores
-
-
 class Answers:
     """Answers of one prompt as a function to time; keeps the time to first token and the peak memory of each call."""
 
@@ -148,7 +132,7 @@ class Answers:
 
     def __call__(self) -> torch.Tensor:
         reset_peak_memory(self.device)
-        clock = Clock(self.device)
+        clock = FirstTokenClock(self.device)
         tokens = self.generate(logits_processor=[clock])
         self.first.append(clock.first)
         self.peak_memory_mib = peak_memory(self.device)
@@ -214,7 +198,7 @@ def run(arguments, device: torch.device) -> dict:
         prompts[str(budget)] = {**prompt(config, budget, text_tokens, pixels), "num_visual_tokens": counts.to(device)}
         encoders[str(budget)] = lambda counts=counts: model.get_image_features(pixels, num_visual_tokens=counts)
     # A first call is slow, and cheap enough here to be always left out.
-    encoding = measure(encoders, device, arguments.repeats, max(1, arguments.warmup))
+    encoding = measure(encoders, device, arguments.encoding_repeats or arguments.repeats, max(1, arguments.warmup))
     answers = {name: Answers(models[name], inputs, new_tokens, device) for name, inputs in prompts.items()}
     seconds = measure_answers(answers, device, arguments.repeats, arguments.warmup)
 
@@ -253,6 +237,7 @@ def main():
     arguments_parser.add_argument("--layers", type=int, default=None, help="decoder layers to keep [all]")
     arguments_parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     arguments_parser.add_argument("--budgets", nargs="+", type=int, default=None, help="[every legal one]")
+    arguments_parser.add_argument("--encoding-repeats", type=int, default=None, help="rounds of encoding [--repeats]")
     arguments_parser.add_argument("--text-tokens", type=int, default=68)
     arguments_parser.add_argument("--new-tokens", type=int, default=30)
     arguments_parser.add_argument(

@@ -1,17 +1,18 @@
 """The projector at every budget: fused and plain, against the released computation and a LLaVA-1.5 MLP.
 
-Forward in inference (batch sizes 1 and 4) and forward + backward in training (batch size 1), fp32 and bf16. Each
-forward also as shares of two limits, which take turns with it:
+Forward in inference (batch sizes 1 and 4) and forward + backward in training (batch size 1), fp32 and bf16; the MLP
+always at the full grid. Each also as a share of its limit, which takes turns with it:
 
-* `share_of_its_products`: time of the matrix products, convolutions and attentions which the fused projector still
-  runs, with nothing between them, over the time of the whole projector;
-* `share_of_peak`: its FLOP/s over those of a large square matrix product in the dtype that it computes in: fp32 on a
-  CPU that emulates half precision.
+* `share_of_peak`: FLOP/s of the fused projector, or of the plain one's training step, over those of a large square
+  matrix product; in fp32 on a CPU that emulates half precision, which is faster there;
+* `share_of_its_products`, in inference: time of the matrix products, convolutions and attentions which the fused
+  projector still runs, with nothing between them, over the time of the whole projector.
 """
 
 import copy
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from common import (
@@ -27,6 +28,7 @@ from common import (
 from released_projector import ReleasedProjector
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_delta_llava import DeltaLlavaConfig
 from modeling_delta_llava.evaluation.counts import projector_flops
@@ -134,23 +136,46 @@ def forward_row(projector, released, mlp, inputs, budget, scale, flops, device, 
     }
 
 
-def training_row(projector, released, inputs, budget, scale, device, rounds) -> dict:
-    batch_size = inputs[0].shape[0]
-    ours, theirs = copy.deepcopy(projector).train(), copy.deepcopy(released).train()
-    gradient = torch.randn(batch_size, budget, projector.linear_2.out_features, device=device).to(inputs[0].dtype)
+def step(module: nn.Module, gradient: torch.Tensor, *inputs):
+    """Forward and backward, with gradients of every weight and none of the inputs."""
+    module.zero_grad(set_to_none=True)
+    module(*inputs).backward(gradient)
 
-    def step(module: nn.Module):
-        module.zero_grad(set_to_none=True)
-        module(*inputs, scale).backward(gradient)
 
-    times = measure({"released": lambda: step(theirs), "plain": lambda: step(ours)}, device, **rounds)
-    return {
-        "pass": "forward_backward",
-        "num_visual_tokens": budget,
-        "batch_size": batch_size,
-        "median_ms": {name: median_ms(seconds) for name, seconds in times.items()},
-        "released_over_plain": ratio(times["released"], times["plain"]),
-    }
+def training_rows(projector, released, mlp, inputs, budgets, config, device, rounds) -> list[dict]:
+    """A row for every budget. All take turns: the MLP's step, which has no budget, is measured once in a round."""
+    ours, theirs, mlp = (copy.deepcopy(module).train() for module in (projector, released, mlp))
+    width, dtype = projector.linear_2.out_features, inputs[0].dtype
+    upstream = torch.randn(inputs[0].shape[0], config.num_patches, width, device=device).to(dtype)
+    functions, flops = {}, {}
+    for budget in budgets:
+        arguments = (upstream[:, :budget], *inputs, config.scale_factor(budget))
+        functions[f"released_{budget}"] = partial(step, theirs, *arguments)
+        functions[f"plain_{budget}"] = partial(step, ours, *arguments)
+        with FlopCounterMode(display=False) as counter:
+            step(ours, *arguments)
+        flops[budget] = counter.get_total_flops()
+    functions["mlp_576"] = partial(step, mlp, upstream, inputs[0])
+    functions["square"], square_flops = square_product(device, fold_dtype(projector.linear_1.weight))
+    times = measure(functions, device, **rounds)
+    rows = []
+    for budget in budgets:
+        seconds = {name: times[f"{name}_{budget}"] for name in ("released", "plain")}
+        seconds |= {name: times[name] for name in ("mlp_576", "square")}
+        rows.append(
+            {
+                "pass": "forward_backward",
+                "num_visual_tokens": budget,
+                "batch_size": inputs[0].shape[0],
+                "median_ms": {name: median_ms(each) for name, each in seconds.items()},
+                "released_over_plain": ratio(seconds["released"], seconds["plain"]),
+                "mlp_576_over_plain": ratio(seconds["mlp_576"], seconds["plain"]),
+                "plain_gflop": flops[budget] / 1e9,
+                "square_gflop_per_s": round(square_flops / statistics.median(seconds["square"]) / 1e9, 1),
+                "share_of_peak": round(ratio(seconds["square"], seconds["plain"]) * flops[budget] / square_flops, 3),
+            }
+        )
+    return rows
 
 
 def main():
@@ -183,36 +208,25 @@ def main():
                 row = forward_row(projector, released, mlp, inputs, budget, scale, flops, device, rounds)
                 rows.append({"dtype": dtype_name, **row})
         inputs = random_streams(config, 1, device, dtype)
-        for budget in () if arguments.skip_training else budgets:
-            row = training_row(projector, released, inputs, budget, config.scale_factor(budget), device, rounds)
-            rows.append({"dtype": dtype_name, **row})
+        if not arguments.skip_training:
+            for row in training_rows(projector, released, mlp, inputs, budgets, config, device, rounds):
+                rows.append({"dtype": dtype_name, **row})
     write_result(arguments, device, about, {"rows": rows})
+    columns = {
+        "dtype": "dtype",
+        "pass": "pass",
+        "batch": "batch_size",
+        "V": "num_visual_tokens",
+        "x fused": "released_over_fused",
+        "x plain": "released_over_plain",
+        "products": "share_of_its_products",
+        "peak": "share_of_peak",
+    }
+    timed = ("released", "plain", "fused", "mlp_576")
     print_table(
+        [*columns, *(f"{name} ms" for name in timed)],
         [
-            "dtype",
-            "pass",
-            "batch",
-            "V",
-            "released ms",
-            "plain ms",
-            "fused ms",
-            "x fused",
-            "x plain",
-            "products",
-            "peak",
-        ],
-        [
-            [
-                row["dtype"],
-                row["pass"],
-                row["batch_size"],
-                row["num_visual_tokens"],
-                *(row["median_ms"].get(name, "") for name in ("released", "plain", "fused")),
-                row.get("released_over_fused", ""),
-                row["released_over_plain"],
-                row.get("share_of_its_products", ""),
-                row.get("share_of_peak", ""),
-            ]
+            [*(row.get(name, "") for name in columns.values()), *(row["median_ms"].get(name, "") for name in timed)]
             for row in rows
         ],
     )

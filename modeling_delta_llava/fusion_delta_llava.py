@@ -44,11 +44,15 @@ def weight_versions(projector: nn.Module) -> tuple:
     )
 
 
+def is_emulated(tensor: torch.Tensor) -> bool:
+    """Whether the CPU emulates products of this tensor's dtype: half precision without instructions for it."""
+    half = tensor.dtype in (torch.bfloat16, torch.float16)
+    return half and tensor.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def fold_dtype(weight: torch.Tensor) -> torch.dtype:
-    """What folded weights are kept and used in: fp32 on CPUs that emulate products in half precision, far slower."""
-    half = weight.dtype in (torch.bfloat16, torch.float16)
-    emulated = weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    return torch.float32 if half and emulated else weight.dtype
+    """What folded weights are kept and used in: fp32 where half precision is emulated, which is far slower."""
+    return torch.float32 if is_emulated(weight) else weight.dtype
 
 
 def check_fusible(projector: nn.Module):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .backward_delta_llava import faster_backward
 from .configuration_delta_llava import DeltaLlavaConfig
 from .fusion_delta_llava import FusedDeltaProjector, weight_versions
 
@@ -297,13 +298,19 @@ class DeltaLlavaProjector(nn.Module):
         if self._fused_is_current():
             visual_tokens = self.fused(query_features, memory_features, scale, self.linear_2)
         else:
-            values = self.value_projection(memory_features)
-            if scale == 1 and not self.training:
-                # A window of one patch: the softmax is 1 and neither queries nor keys can change the result.
-                attended = self.cross_attention.out_proj(self.cross_attention.v_proj(values))
-            else:
-                queries = self.queries(query_features, self.source_grid_size // scale)
-                keys = self.key_projection(memory_features)
-                attended = self.cross_attention(queries, keys, values, scale)
-            visual_tokens = self.linear_2(F.gelu(self.linear_1(attended)))
+            with faster_backward(memory_features):
+                visual_tokens = self._project_plainly(query_features, memory_features, scale)
         return visual_tokens if self.visual_token_scale == 1 else visual_tokens * self.visual_token_scale
+
+    def _project_plainly(
+        self, query_features: torch.Tensor, memory_features: torch.Tensor, scale: int
+    ) -> torch.Tensor:
+        values = self.value_projection(memory_features)
+        if scale == 1 and not self.training:
+            # A window of one patch: the softmax is 1 and neither queries nor keys can change the result.
+            attended = self.cross_attention.out_proj(self.cross_attention.v_proj(values))
+        else:
+            queries = self.queries(query_features, self.source_grid_size // scale)
+            keys = self.key_projection(memory_features)
+            attended = self.cross_attention(queries, keys, values, scale)
+        return self.linear_2(F.gelu(self.linear_1(attended)))

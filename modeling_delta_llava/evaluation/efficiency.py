@@ -310,8 +310,7 @@ def table(document: dict[str, Any]) -> "Table":
                 f"{figures[name]:.1f}"
                 for name in ("vision_tower_ms", "projector_ms", "prefill_ms", "time_to_first_token_ms")
             ]
-            decoding = figures["decode_tokens_per_s"]
-            cells += ["–" if decoding is None else f"{decoding:.2f}", f"{figures['requests_per_s']:.2f}"]
+            cells += [f"{figures[name]:.2f}" for name in ("decode_tokens_per_s", "requests_per_s")]
             cells += ["–" if peak is None else f"{peak:.0f}"]
         result.add_row(*cells)
     return result

@@ -5,10 +5,10 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import LogitsProcessor
 
 from modeling_delta_llava import DeltaLlavaForConditionalGeneration
 
@@ -18,16 +18,13 @@ FIRST_ORDINARY_TOKEN = 5
 
 @dataclass(frozen=True)
 class Measurement:
-    """Medians over repeats at one budget. Milliseconds, tokens or requests per second, MiB.
-
-    `decode_tokens_per_s` is `None` when the machine was too noisy to tell decoding from the first token.
-    """
+    """Medians over repeats at one budget. Milliseconds, tokens or requests per second, MiB."""
 
     vision_tower_ms: float
     projector_ms: float
     prefill_ms: float
     time_to_first_token_ms: float
-    decode_tokens_per_s: float | None
+    decode_tokens_per_s: float
     generate_tokens_per_s: float
     requests_per_s: float
     batch_size: int
@@ -54,6 +51,21 @@ def seconds_of(function: Callable[[], object], device: torch.device, repeats: in
         if repeat >= 0:
             times.append(time.perf_counter() - begin)
     return statistics.median(times)
+
+
+class FirstTokenClock(LogitsProcessor):
+    """Seconds from its making to the first logits, in an answer that it is handed to."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.begin = time.perf_counter()
+        self.first = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.first is None:
+            synchronize(self.device)
+            self.first = time.perf_counter() - self.begin
+        return scores
 
 
 def reset_peak_memory(device: torch.device):
@@ -134,17 +146,14 @@ def measure(
     prefill_s = seconds_of(
         lambda: model(**text_inputs, image_features=visual_tokens, logits_to_keep=1, use_cache=True), device, repeats
     )
-    first_token = {**settings, "min_new_tokens": 1, "max_new_tokens": 1}
     model.generate(**inputs, **settings)
-    rounds = [
-        [
-            seconds_of(partial(model.generate, **inputs, **each), device, 1, warmup=0)
-            for each in (first_token, settings)
-        ]
-        for _ in range(repeats)
-    ]
-    first_s, generate_s = (statistics.median(times) for times in zip(*rounds, strict=True))
-    decode_s = statistics.median(whole - first for first, whole in rounds)
+    clocks, answers = [], []
+    for _ in range(repeats):
+        clocks.append(FirstTokenClock(device))
+        model.generate(**inputs, **settings, logits_processor=[clocks[-1]])
+        synchronize(device)
+        answers.append(time.perf_counter() - clocks[-1].begin)
+    decode_s = statistics.median(whole - clock.first for whole, clock in zip(answers, clocks, strict=True))
     peak = peak_memory_mib(device)
     batch = random_prompt(model, num_visual_tokens, text_tokens, batch_size)
     batch_s = seconds_of(lambda: model.generate(**batch, **settings), device, max(1, repeats // 2))
@@ -152,9 +161,9 @@ def measure(
         vision_tower_ms=tower_s * 1e3,
         projector_ms=projector_s * 1e3,
         prefill_ms=prefill_s * 1e3,
-        time_to_first_token_ms=first_s * 1e3,
-        decode_tokens_per_s=(new_tokens - 1) / decode_s if decode_s > 0 else None,
-        generate_tokens_per_s=new_tokens / generate_s,
+        time_to_first_token_ms=statistics.median(clock.first for clock in clocks) * 1e3,
+        decode_tokens_per_s=(new_tokens - 1) / decode_s,
+        generate_tokens_per_s=new_tokens / statistics.median(answers),
         requests_per_s=batch_size / batch_s,
         batch_size=batch_size,
         peak_memory_mib=peak,

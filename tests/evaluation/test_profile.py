@@ -4,10 +4,12 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from modeling_delta_llava import cli
 from modeling_delta_llava.evaluation import backbones, efficiency
 from modeling_delta_llava.evaluation.counts import paper_convention
+from modeling_delta_llava.evaluation.measurements import FirstTokenClock
 from modeling_delta_llava.evaluation.units import flop_unit, readable_number
 from modeling_delta_llava.hub_cards.variants import variants
 from tests.tiny import tiny_config
@@ -61,6 +63,15 @@ def test_random_weights_stand_for_a_variant():
     document = efficiency.profile(config, "tiny", "random", budgets=[4], new_tokens=3, batch_size=1, repeats=1)
     assert document["measured_on"]["dtype"] == "bfloat16"
     assert document["budgets"][0]["measured"]["decode_tokens_per_s"] > 0
+
+
+def test_the_clock_stops_at_the_first_logits():
+    clock = FirstTokenClock(torch.device("cpu"))
+    scores = torch.randn(1, 4)
+    assert clock(torch.zeros(1, 3), scores) is scores
+    first = clock.first
+    clock(torch.zeros(1, 4), scores)
+    assert 0 < clock.first == first
 
 
 def test_the_figure_stacks_components_and_labels_budgets(tmp_path):
