@@ -3,7 +3,7 @@
 #   make test TESTS=tests/conversion                    a part of the tests
 #   make test PYTEST_ARGS='-m vllm'                     other tests than the default selection
 #   make test VENV=.venv-oldest VERSIONS=oldest         the oldest supported transformers
-#   make test-optional                                  with DeepSpeed (ZeRO-2, ZeRO-3) and HQQ, which it installs
+#   make test-deepspeed                                 ZeRO-2 and ZeRO-3 in two CPU processes; installs DeepSpeed
 #   make demo TORCH='torch==2.13.0 --index-url URL'     torch from another index (say, its CPU builds)
 
 BASE_PYTHON ?= python3
@@ -18,10 +18,10 @@ PYTEST_ARGS ?=
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed-$(VERSIONS)
 
-.PHONY: demo test test-optional lint format install clean
+.PHONY: demo test test-deepspeed lint format install clean
 
 # torch comes first: what needs it is then content with this version, and pulls in no other build. Python compiles what
-# it imports; all the rest need not be.
+# it imports; the rest need not be.
 $(INSTALLED): pyproject.toml requirements/common.txt requirements/$(VERSIONS).txt
 	$(BASE_PYTHON) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-compile $(TORCH)
@@ -40,16 +40,15 @@ test: install
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
 		$(PYTHON) -m pytest -n $(WORKERS) --maxprocesses 8 $(PYTEST_ARGS) $(TESTS)
 
-# DeepSpeed is built from source with the torch that is there. Both go to a folder of their own: other tests run without
-# them, and faster, because transformers imports what it finds.
-test-optional: install
+# DeepSpeed is built from source with the torch that is there, in a folder of its own: other tests run without it.
+test-deepspeed: install
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c requirements/$(VERSIONS).txt wheel
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c requirements/$(VERSIONS).txt \
-		--no-build-isolation --no-deps --upgrade --target $(VENV)/optional \
-		deepspeed einops hjson hqq msgpack ninja py-cpuinfo termcolor
-	PYTHONPATH=$(abspath $(VENV)/optional) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
-		$(PYTHON) -m pytest -k 'deepspeed or quantised_cache' \
-		tests/finetuning/test_several_processes.py tests/modeling/test_generation.py
+		--no-build-isolation --no-deps --upgrade --target $(VENV)/deepspeed \
+		deepspeed hjson msgpack ninja py-cpuinfo
+	PYTHONPATH=$(abspath $(VENV)/deepspeed) DS_ACCELERATOR=cpu $(PYTHON) -c 'import deepspeed'
+	PYTHONPATH=$(abspath $(VENV)/deepspeed) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
+		$(PYTHON) -m pytest -k deepspeed tests/finetuning/test_several_processes.py
 
 lint: install
 	$(PYTHON) -m ruff check .

@@ -198,7 +198,8 @@ def run(arguments, device: torch.device) -> dict:
         prompts[str(budget)] = {**prompt(config, budget, text_tokens, pixels), "num_visual_tokens": counts.to(device)}
         encoders[str(budget)] = lambda counts=counts: model.get_image_features(pixels, num_visual_tokens=counts)
     # A first call is slow, and cheap enough here to be always left out.
-    encoding = measure(encoders, device, arguments.encoding_repeats or arguments.repeats, max(1, arguments.warmup))
+    repeats = arguments.repeats if arguments.encoding_repeats is None else arguments.encoding_repeats
+    encoding = measure(encoders, device, repeats, max(1, arguments.warmup))
     answers = {name: Answers(models[name], inputs, new_tokens, device) for name, inputs in prompts.items()}
     seconds = measure_answers(answers, device, arguments.repeats, arguments.warmup)
 

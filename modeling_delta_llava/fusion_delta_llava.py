@@ -7,33 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-BLOCK_CHANNELS, BLOCK_MAX_ROWS = 256, 1024
-
-
-def linear(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`F.linear` of `(..., in)` features for inference; in fp32 on a CPU as a batch of blocks of output channels.
-
-    BLAS hands whole products of a batch to its threads, each with its own rows of the weight. A single product with
-    few rows it divides so badly that up to half of the speed is lost.
-    """
-    rows = features.flatten(0, -2)
-    blocks, rest = divmod(weight.shape[0], BLOCK_CHANNELS)
-    if (
-        torch.compiler.is_compiling()
-        or weight.device.type != "cpu"
-        or weight.dtype != torch.float32
-        or rest != 0
-        or blocks < torch.get_num_threads()
-        or rows.shape[0] > BLOCK_MAX_ROWS
-    ):
-        return F.linear(features, weight, bias)
-    rows = rows.expand(blocks, -1, -1)  # [blocks, rows, in]
-    weights = weight.unflatten(0, (blocks, -1)).transpose(1, 2)  # [blocks, in, 256]
-    if bias is None:
-        products = torch.bmm(rows, weights)
-    else:
-        products = torch.baddbmm(bias.view(blocks, 1, -1), rows, weights)
-    return products.transpose(0, 1).reshape(*features.shape[:-1], -1)  # [..., out]
+from .linear_delta_llava import is_emulated, linear
 
 
 def weight_versions(projector: nn.Module) -> tuple:
@@ -44,15 +18,9 @@ def weight_versions(projector: nn.Module) -> tuple:
     )
 
 
-def is_emulated(tensor: torch.Tensor) -> bool:
-    """Whether the CPU emulates products of this tensor's dtype: half precision without instructions for it."""
-    half = tensor.dtype in (torch.bfloat16, torch.float16)
-    return half and tensor.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-
-
 def fold_dtype(weight: torch.Tensor) -> torch.dtype:
     """What folded weights are kept and used in: fp32 where half precision is emulated, which is far slower."""
-    return torch.float32 if is_emulated(weight) else weight.dtype
+    return torch.float32 if is_emulated(weight.dtype, weight.device) else weight.dtype
 
 
 def check_fusible(projector: nn.Module):

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .backward_delta_llava import faster_backward
 from .configuration_delta_llava import DeltaLlavaConfig
 from .fusion_delta_llava import FusedDeltaProjector, weight_versions
+from .linear_delta_llava import quick_linears
 
 
 class UniformLinear(nn.Linear):
@@ -182,10 +182,11 @@ class WindowedCrossAttention(nn.Module):
 
     def windows(self, tokens: torch.Tensor, grid_size: int, scale: int) -> torch.Tensor:
         """Patch tokens `(B, g*s * g*s, C)` as `(B * g * g, heads, s * s, C / heads)`."""
-        batch_size = tokens.shape[0]
-        tokens = tokens.view(batch_size, grid_size, scale, grid_size, scale, self.num_heads, -1)
+        batch_size, _, channels = tokens.shape
+        head_dim = channels // self.num_heads
+        tokens = tokens.view(batch_size, grid_size, scale, grid_size, scale, self.num_heads, head_dim)
         tokens = tokens.permute(0, 1, 3, 5, 2, 4, 6)  # [B, g, g, heads, s, s, C / heads]
-        return tokens.reshape(batch_size * grid_size**2, self.num_heads, scale**2, -1)
+        return tokens.reshape(batch_size * grid_size**2, self.num_heads, scale**2, head_dim)
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: int) -> torch.Tensor:
         batch_size, num_visual_tokens, channels = queries.shape
@@ -298,7 +299,7 @@ class DeltaLlavaProjector(nn.Module):
         if self._fused_is_current():
             visual_tokens = self.fused(query_features, memory_features, scale, self.linear_2)
         else:
-            with faster_backward(memory_features):
+            with quick_linears(memory_features):
                 visual_tokens = self._project_plainly(query_features, memory_features, scale)
         return visual_tokens if self.visual_token_scale == 1 else visual_tokens * self.visual_token_scale
 
@@ -306,11 +307,21 @@ class DeltaLlavaProjector(nn.Module):
         self, query_features: torch.Tensor, memory_features: torch.Tensor, scale: int
     ) -> torch.Tensor:
         values = self.value_projection(memory_features)
-        if scale == 1 and not self.training:
+        if scale > 1:
+            attended = self._attend(query_features, memory_features, values, scale)
+        else:
             # A window of one patch: the softmax is 1 and neither queries nor keys can change the result.
             attended = self.cross_attention.out_proj(self.cross_attention.v_proj(values))
-        else:
-            queries = self.queries(query_features, self.source_grid_size // scale)
-            keys = self.key_projection(memory_features)
-            attended = self.cross_attention(queries, keys, values, scale)
+            if self.training:
+                # Their weights get the gradients that follow, zeros, which optimizers and DDP wait for.
+                nothing = self._attend(query_features[:0], memory_features[:0], values[:0], scale)
+                attended = attended + nothing.sum()
         return self.linear_2(F.gelu(self.linear_1(attended)))
+
+    def _attend(
+        self, query_features: torch.Tensor, memory_features: torch.Tensor, values: torch.Tensor, scale: int
+    ) -> torch.Tensor:
+        """What queries of a grid `scale` times as coarse read from their windows, `(B, V, C)`."""
+        queries = self.queries(query_features, self.source_grid_size // scale)
+        keys = self.key_projection(memory_features)
+        return self.cross_attention(queries, keys, values, scale)

@@ -1,14 +1,12 @@
 """The fused projector: the plain one's results, its weights untouched, and refused where it cannot be built."""
 
 import copy
-import math
 
 import pytest
 import torch
 from torch import nn
 
 from modeling_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
-from modeling_delta_llava.fusion_delta_llava import BLOCK_CHANNELS, BLOCK_MAX_ROWS, linear
 from modeling_delta_llava.projector_delta_llava import DeltaLlavaProjector
 from tests.tiny import tiny_config, tiny_model
 
@@ -84,21 +82,6 @@ def test_same_results_at_the_released_size(budget):
     assert relative_error(fused, plain) < 1e-5
 
 
-@pytest.mark.parametrize("rows", [(1,), (2, 3), (BLOCK_MAX_ROWS,), (BLOCK_MAX_ROWS + 1,)])
-@pytest.mark.parametrize("channels", [4 * BLOCK_CHANNELS, BLOCK_CHANNELS + 1])
-@pytest.mark.parametrize("has_bias", [True, False])
-def test_products_in_blocks(rows, channels, has_bias):
-    """Wide maps of few rows run as a batch of products; all others as one; with the same results."""
-    torch.manual_seed(0)
-    features, weight = torch.randn(*rows, 24), torch.randn(channels, 24)
-    bias = torch.randn(channels) if has_bias else None
-    with torch.profiler.profile() as recorded:
-        found = linear(features, weight, bias)
-    torch.testing.assert_close(found, nn.functional.linear(features, weight, bias))
-    batched = {event.key for event in recorded.key_averages()} & {"aten::bmm", "aten::baddbmm"}
-    assert bool(batched) == (channels % BLOCK_CHANNELS == 0 and math.prod(rows) <= BLOCK_MAX_ROWS)
-
-
 @pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_close_to_fp32_as_the_plain_projector(dtype, capability, monkeypatch):
@@ -163,6 +146,7 @@ def test_saved_code_is_complete(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path)
     assert (tmp_path / "fusion_delta_llava.py").is_file()
+    assert (tmp_path / "linear_delta_llava.py").is_file()
 
 
 def test_a_fused_model_trains_its_plain_weights():

@@ -157,7 +157,6 @@ def test_assisted_decoding_equals_greedy(assistant, model):
 
 
 def test_quantised_cache_equals_that_of_the_language_model(model, language_model):
-    pytest.importorskip("hqq")
     inputs, pixels = batch(*ROWS), pictures(6)
     cache = {"backend": "hqq", "nbits": 4, "q_group_size": 16, "residual_length": 4, "axis_key": 1, "axis_value": 1}
     settings = {**GREEDY, "cache_implementation": "quantized"}
