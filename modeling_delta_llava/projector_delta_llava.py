@@ -182,11 +182,10 @@ class WindowedCrossAttention(nn.Module):
 
     def windows(self, tokens: torch.Tensor, grid_size: int, scale: int) -> torch.Tensor:
         """Patch tokens `(B, g*s * g*s, C)` as `(B * g * g, heads, s * s, C / heads)`."""
-        batch_size, _, channels = tokens.shape
-        head_dim = channels // self.num_heads
-        tokens = tokens.view(batch_size, grid_size, scale, grid_size, scale, self.num_heads, head_dim)
+        batch_size = tokens.shape[0]
+        tokens = tokens.view(batch_size, grid_size, scale, grid_size, scale, self.num_heads, -1)
         tokens = tokens.permute(0, 1, 3, 5, 2, 4, 6)  # [B, g, g, heads, s, s, C / heads]
-        return tokens.reshape(batch_size * grid_size**2, self.num_heads, scale**2, head_dim)
+        return tokens.reshape(batch_size * grid_size**2, self.num_heads, scale**2, -1)
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: int) -> torch.Tensor:
         batch_size, num_visual_tokens, channels = queries.shape
@@ -308,20 +307,15 @@ class DeltaLlavaProjector(nn.Module):
     ) -> torch.Tensor:
         values = self.value_projection(memory_features)
         if scale > 1:
-            attended = self._attend(query_features, memory_features, values, scale)
+            queries = self.queries(query_features, self.source_grid_size // scale)
+            attended = self.cross_attention(queries, self.key_projection(memory_features), values, scale)
         else:
             # A window of one patch: the softmax is 1 and neither queries nor keys can change the result.
             attended = self.cross_attention.out_proj(self.cross_attention.v_proj(values))
             if self.training:
-                # Their weights get the gradients that follow, zeros, which optimizers and DDP wait for.
-                nothing = self._attend(query_features[:0], memory_features[:0], values[:0], scale)
-                attended = attended + nothing.sum()
+                # Optimizers and DDP wait for their gradients, zeros: one token of one image goes all the way.
+                queries, keys = self.queries(query_features[:1], 1), self.key_projection(memory_features[:1, :1])
+                attended = attended + 0.0 * self.cross_attention(queries, keys, values[:1, :1], 1).sum(
+                    dtype=torch.float32
+                )
         return self.linear_2(F.gelu(self.linear_1(attended)))
-
-    def _attend(
-        self, query_features: torch.Tensor, memory_features: torch.Tensor, values: torch.Tensor, scale: int
-    ) -> torch.Tensor:
-        """What queries of a grid `scale` times as coarse read from their windows, `(B, V, C)`."""
-        queries = self.queries(query_features, self.source_grid_size // scale)
-        keys = self.key_projection(memory_features)
-        return self.cross_attention(queries, keys, values, scale)
