@@ -315,7 +315,6 @@ class DeltaLlavaProjector(nn.Module):
             if self.training:
                 # Optimizers and DDP wait for their gradients, zeros: one token of one image goes all the way.
                 queries, keys = self.queries(query_features[:1], 1), self.key_projection(memory_features[:1, :1])
-                attended = attended + 0.0 * self.cross_attention(queries, keys, values[:1, :1], 1).sum(
-                    dtype=torch.float32
-                )
+                one_token = self.cross_attention(queries, keys, values[:1, :1], 1)
+                attended = attended + 0.0 * one_token.sum(dtype=torch.float32)
         return self.linear_2(F.gelu(self.linear_1(attended)))
