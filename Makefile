@@ -40,7 +40,8 @@ test: install
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
 		$(PYTHON) -m pytest -n $(WORKERS) --maxprocesses 8 $(PYTEST_ARGS) $(TESTS)
 
-# DeepSpeed is built from source with the torch that is there, in a folder of its own: other tests run without it.
+# DeepSpeed is built from source with the torch that is there, in a folder of its own: other tests run without it. They
+# would skip what cannot be imported, so that is tried first.
 test-deepspeed: install
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c requirements/$(VERSIONS).txt wheel
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c requirements/$(VERSIONS).txt \

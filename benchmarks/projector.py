@@ -172,7 +172,7 @@ def training_rows(projector, released, mlp, inputs, budgets, config, device, rou
                 "median_ms": {name: median_ms(each) for name, each in seconds.items()},
                 "released_over_plain": ratio(seconds["released"], seconds["plain"]),
                 "mlp_576_over_plain": ratio(seconds["mlp_576"], seconds["plain"]),
-                "plain_gflop": flops[budget] / 1e9,
+                "plain_gflop": round(flops[budget] / 1e9, 6),
                 "square_gflop_per_s": round(square_flops / statistics.median(seconds["square"]) / 1e9, 1),
                 "share_of_peak": round(ratio(seconds["square"], seconds["plain"]) * flops[budget] / square_flops, 3),
             }

@@ -25,41 +25,36 @@ def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
     return half and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
-def block_count(rows: torch.Tensor, channels: int) -> int:
-    """Blocks of columns in which a product of `(R, in)` rows with an `(in, channels)` matrix is quickest."""
+def runs_in_blocks(rows: torch.Tensor, channels: int) -> bool:
+    """Whether a product of `(R, in)` rows with an `(in, channels)` matrix is quicker in blocks of columns."""
     blocks, rest = divmod(channels, BLOCK_CHANNELS)
-    if (
+    return not (
         torch.compiler.is_compiling()
         or rows.device.type != "cpu"
         or rows.dtype != torch.float32
         or rest != 0
         or blocks < torch.get_num_threads()
         or rows.shape[0] > BLOCK_MAX_ROWS
-    ):
-        return 1
-    return blocks
+    )
 
 
-def product(rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def product_in_blocks(rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`rows @ matrix + bias`, `(R, out)`, of `(R, in)` rows and an `(in, out)` matrix."""
-    blocks = block_count(rows, matrix.shape[1])
-    if blocks == 1:
-        return rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
-    matrices = matrix.unflatten(1, (blocks, -1)).transpose(0, 1)  # [blocks, in, 256]
-    rows = rows.expand(blocks, -1, -1)  # [blocks, R, in]
+    matrices = matrix.unflatten(1, (-1, BLOCK_CHANNELS)).transpose(0, 1)  # [blocks, in, 256]
+    rows = rows.expand(len(matrices), -1, -1)  # [blocks, R, in]
     if bias is None:
         products = torch.bmm(rows, matrices)
     else:
-        products = torch.baddbmm(bias.view(blocks, 1, -1), rows, matrices)
+        products = torch.baddbmm(bias.view(len(matrices), 1, -1), rows, matrices)
     return products.transpose(0, 1).flatten(1)
 
 
 def linear(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`F.linear`: `(..., in)` features, `(out, in)` weight and `(out,)` bias to `(..., out)`."""
     rows = features.reshape(-1, features.shape[-1])
-    if block_count(rows, weight.shape[0]) == 1:
+    if not runs_in_blocks(rows, weight.shape[0]):
         return F.linear(features, weight, bias)
-    return product(rows, weight.T, bias).view(*features.shape[:-1], weight.shape[0])
+    return product_in_blocks(rows, weight.T, bias).view(*features.shape[:-1], weight.shape[0])
 
 
 class LinearWithGradients(torch.autograd.Function):
@@ -85,7 +80,9 @@ class LinearWithGradients(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             rows = gradient.reshape(-1, gradient.shape[-1]).float()
             if weight is not None:
-                of_features = product(rows, weight.float()).to(dtype).view(*gradient.shape[:-1], weight.shape[1])
+                weight = weight.float()
+                of_rows = product_in_blocks(rows, weight) if runs_in_blocks(rows, weight.shape[1]) else rows @ weight
+                of_features = of_rows.to(dtype).view(*gradient.shape[:-1], weight.shape[1])
             if features is not None:
                 of_weight = (rows.T @ features.reshape(-1, features.shape[-1]).float()).to(dtype)
             if ctx.needs_input_grad[2]:
@@ -96,16 +93,21 @@ class LinearWithGradients(torch.autograd.Function):
 def quick_linear(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`F.linear` as a [`LinearWithGradients`] where that is quicker; quantised and sharded tensors keep their own."""
     tensors = [tensor for tensor in (features, weight, bias) if tensor is not None]
-    plain = all(type(tensor) in (torch.Tensor, nn.Parameter) and tensor.dtype in DTYPES for tensor in tensors)
+    plain = weight.ndim == 2 and all(map(is_plain, tensors))
     autocast = torch.is_autocast_enabled("cpu")
-    dtypes = {torch.get_autocast_dtype("cpu")} if autocast else {tensor.dtype for tensor in tensors}
-    quicker = all(dtype == torch.float32 or is_emulated(dtype, weight.device) for dtype in dtypes)
+    dtype = torch.get_autocast_dtype("cpu") if autocast else weight.dtype
+    one_dtype = autocast or all(tensor.dtype == dtype for tensor in tensors)
+    quicker = dtype == torch.float32 or is_emulated(dtype, weight.device)
     forward_mode = forward_ad._current_level >= 0
-    if not plain or len(dtypes) > 1 or not quicker or forward_mode:
+    if not plain or not one_dtype or not quicker or forward_mode:
         return F.linear(features, weight, bias)
     if autocast:
-        features, weight, bias = (None if each is None else each.to(*dtypes) for each in (features, weight, bias))
+        features, weight, bias = (None if each is None else each.to(dtype) for each in (features, weight, bias))
     return LinearWithGradients.apply(features, weight, bias)
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    return type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.dtype in DTYPES
 
 
 class QuickLinears(TorchFunctionMode):
@@ -116,12 +118,12 @@ class QuickLinears(TorchFunctionMode):
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.linear and not kwargs:
+        if function is F.linear and not kwargs and not torch.compiler.is_compiling():
             return quick_linear(*args)
         return function(*args, **(kwargs or {}))
 
 
-def quick_linears(features: torch.Tensor) -> AbstractContextManager:
+def quick_linears_on_cpu(features: torch.Tensor) -> AbstractContextManager:
     """[`QuickLinears`] for features on a CPU, unless the code is being compiled or traced."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or features.device.type != "cpu":
         return nullcontext()

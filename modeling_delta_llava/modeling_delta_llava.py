@@ -360,7 +360,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         )
 
     def _touch_projector(self, inputs_embeds: torch.Tensor) -> torch.Tensor | float:
-        """Zero that depends on every projector weight, so that a text-only batch gives all of them a gradient.
+        """Zeros `(B, S, D)` that depend on every projector weight: a text-only batch gives all of them a gradient.
 
         Distributed training waits for the gradient of every trained parameter on every rank, and for every rank to ask
         for its share of a sharded one, trained or not.
@@ -372,7 +372,8 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         vision = self.config.vision_config
         blank = inputs_embeds.new_zeros(1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
         visual_tokens = self.get_image_features(blank, return_dict=True).pooler_output[0]
-        return (visual_tokens * 0.0).sum().to(inputs_embeds)
+        # Zeroed before the gradient is summed over all positions: that sum may overflow in fp16.
+        return 0.0 * visual_tokens[0].to(inputs_embeds).expand_as(inputs_embeds)
 
 
 class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, DeltaLlavaGenerationMixin):

@@ -12,7 +12,7 @@ from torch import nn
 
 from .configuration_delta_llava import DeltaLlavaConfig
 from .fusion_delta_llava import FusedDeltaProjector, weight_versions
-from .linear_delta_llava import quick_linears
+from .linear_delta_llava import quick_linears_on_cpu
 
 
 class UniformLinear(nn.Linear):
@@ -187,7 +187,23 @@ class WindowedCrossAttention(nn.Module):
         tokens = tokens.permute(0, 1, 3, 5, 2, 4, 6)  # [B, g, g, heads, s, s, C / heads]
         return tokens.reshape(batch_size * grid_size**2, self.num_heads, scale**2, -1)
 
-    def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: int) -> torch.Tensor:
+    def forward(
+        self, queries: torch.Tensor | None, keys: torch.Tensor | None, values: torch.Tensor, scale: int
+    ) -> torch.Tensor:
+        """
+        Args:
+            queries, keys, values: query tokens `(B, V, C)`, and patch tokens `(B, N, C)`. On the full grid queries and
+                keys are one token each, or `None`: a window is one patch there, its softmax is 1, and they can change
+                no result. Given, their weights get gradients, zeros.
+            scale: side s of a window.
+        """
+        if scale == 1:
+            token = None if queries is None else self.q_proj(queries) + self.k_proj(keys)
+            attended = self.v_proj(values)
+            if token is not None:
+                # Zeroed before its gradient is summed over all tokens: that sum may overflow in fp16.
+                attended = attended + 0.0 * token.expand_as(attended)
+            return self.out_proj(attended)
         batch_size, num_visual_tokens, channels = queries.shape
         grid_size = round(num_visual_tokens**0.5)
         attended = F.scaled_dot_product_attention(
@@ -298,7 +314,7 @@ class DeltaLlavaProjector(nn.Module):
         if self._fused_is_current():
             visual_tokens = self.fused(query_features, memory_features, scale, self.linear_2)
         else:
-            with quick_linears(memory_features):
+            with quick_linears_on_cpu(memory_features):
                 visual_tokens = self._project_plainly(query_features, memory_features, scale)
         return visual_tokens if self.visual_token_scale == 1 else visual_tokens * self.visual_token_scale
 
@@ -306,15 +322,13 @@ class DeltaLlavaProjector(nn.Module):
         self, query_features: torch.Tensor, memory_features: torch.Tensor, scale: int
     ) -> torch.Tensor:
         values = self.value_projection(memory_features)
+        queries = keys = None
         if scale > 1:
             queries = self.queries(query_features, self.source_grid_size // scale)
-            attended = self.cross_attention(queries, self.key_projection(memory_features), values, scale)
-        else:
-            # A window of one patch: the softmax is 1 and neither queries nor keys can change the result.
-            attended = self.cross_attention.out_proj(self.cross_attention.v_proj(values))
-            if self.training:
-                # Optimizers and DDP wait for their gradients, zeros: one token of one image goes all the way.
-                queries, keys = self.queries(query_features[:1], 1), self.key_projection(memory_features[:1, :1])
-                one_token = self.cross_attention(queries, keys, values[:1, :1], 1)
-                attended = attended + 0.0 * one_token.sum(dtype=torch.float32)
+            keys = self.key_projection(memory_features)
+        elif self.training:
+            # Optimizers and several processes wait for every weight, in this order at every budget. One token, as
+            # none would be an empty batch, which attention on GPUs refuses.
+            queries, keys = self.queries(query_features[:1], 1), self.key_projection(memory_features[:1, :1])
+        attended = self.cross_attention(queries, keys, values, scale)
         return self.linear_2(F.gelu(self.linear_1(attended)))
