@@ -326,7 +326,7 @@ def test_large_gradients_in_fp16_stay_finite_on_the_full_grid():
     config = tiny_config(drop_path_rate=0.0)
     projector = random_projector(config).half()
     with torch.no_grad():
-        for module in (projector.linear_1, projector.linear_2):
+        for module in (projector.cross_attention.out_proj, projector.linear_1, projector.linear_2):
             module.weight.fill_(0.05)
     tokens = projector(*random_streams(config, torch.float16), 1)
     tokens.backward(torch.full_like(tokens, 50.0))
