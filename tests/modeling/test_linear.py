@@ -19,7 +19,7 @@ from modeling_delta_llava.linear_delta_llava import (
     quick_linear,
 )
 from modeling_delta_llava.projector_delta_llava import DeltaLlavaProjector
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, tiny_model
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -332,6 +332,15 @@ def test_large_gradients_in_fp16_stay_finite_on_the_full_grid():
     tokens.backward(torch.full_like(tokens, 50.0))
     for name, weight in projector.named_parameters():
         assert torch.isfinite(weight.grad).all(), name
+
+
+def test_large_gradients_in_fp16_stay_finite_in_a_text_only_batch():
+    model = tiny_model().half().train()
+    embeddings = torch.randn(2, 16, model.config.text_config.hidden_size, dtype=torch.float16)
+    embeddings = embeddings + model.model._touch_projector(embeddings)
+    embeddings.backward(torch.full_like(embeddings, 1000.0))
+    for name, weight in model.model.multi_modal_projector.named_parameters():
+        assert torch.equal(weight.grad, torch.zeros_like(weight)), name
 
 
 @pytest.mark.parametrize("rows", [(1,), (2, 3), (BLOCK_MAX_ROWS,), (BLOCK_MAX_ROWS + 1,)])
