@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from safetensors import SafetensorError, safe_open
 
+from modeling_delta_llava.configuration_delta_llava import TRANSFORMERS_RANGE
 from modeling_delta_llava.errors import UserError
 from modeling_delta_llava.hub_cards.figure import chart_for, draw_chart, draw_example
 from modeling_delta_llava.hub_cards.licences import (
@@ -327,6 +328,7 @@ def render_card(facts: Facts) -> ModelCard:
         repo_id=facts.repo_id,
         revision=facts.revision,
         example=EXAMPLE,
+        transformers_range=TRANSFORMERS_RANGE,
         snippet_budgets=_snippet_budgets(facts),
         skip_modules=json.dumps(SKIP_MODULES),
         quantization=facts.quantization,

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from huggingface_hub import file_exists
 
+from .configuration_delta_llava import TRANSFORMERS_RANGE
+
 CARD = """---
 library_name: transformers
 pipeline_tag: image-text-to-text
@@ -25,7 +27,7 @@ of the same name.
 
 ## Usage
 
-Read the code in this repository, then put the commit that you have read in place of `main`:
+Needs `transformers{transformers}`. Read the code in this repository, then put the commit that you have read in place of `main`:
 
 ```python
 from transformers import pipeline
@@ -49,6 +51,6 @@ class HubCardMixin:
     def _upload_modified_files(self, working_dir, repo_id, files_timestamps, *args, token=None, **kwargs):
         # A card in the user's own folder, or on the Hub already, says more than this one.
         if "README.md" not in files_timestamps and not file_exists(repo_id, "README.md", token=token):
-            card = CARD.format(name=repo_id.split("/")[-1], repo_id=repo_id)
+            card = CARD.format(name=repo_id.split("/")[-1], repo_id=repo_id, transformers=TRANSFORMERS_RANGE)
             Path(working_dir, "README.md").write_text(card, encoding="utf-8")
         return super()._upload_modified_files(working_dir, repo_id, files_timestamps, *args, token=token, **kwargs)

@@ -3,8 +3,18 @@
 import math
 from typing import Literal
 
+import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from packaging.version import Version
+from transformers import AutoConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Every release of transformers from the first up to, and without, the second is tested. A test compares pyproject.toml
+# and the README; cards and errors say what stands here.
+OLDEST_TRANSFORMERS, UNTESTED_TRANSFORMERS = "5.16.1", "5.25"
+TRANSFORMERS_RANGE = f">={OLDEST_TRANSFORMERS},<{UNTESTED_TRANSFORMERS}"
 
 # Every class that the files of this repository define, in the form the Hub expects in `config.json`.
 AUTO_MAP = {
@@ -34,6 +44,32 @@ TOWERS_WITHOUT_CLASS_TOKEN = ("siglip", "siglip_vision_model", "siglip2_vision_m
 DECODERS_WITH_HEAD_BIAS = ("phi", "gptj", "codegen")
 
 
+def require_transformers(release: str, purpose: str, error: type[Exception] = ValueError):
+    """Raises an error when the running transformers is older than the `release` that brought what `purpose` needs."""
+    if Version(transformers.__version__) < Version(release):
+        raise error(
+            f"{purpose} needs transformers {release} or newer, and this is {transformers.__version__}: "
+            f'pip install "transformers{TRANSFORMERS_RANGE.replace(OLDEST_TRANSFORMERS, release)}"'
+        )
+
+
+def check_transformers():
+    """Refuses releases of transformers below the tested range, and warns about those above it, once.
+
+    Raises:
+        ImportError: the running transformers is too old.
+    """
+    require_transformers(OLDEST_TRANSFORMERS, "Delta-LLaVA", ImportError)
+    if Version(transformers.__version__) >= Version(UNTESTED_TRANSFORMERS):
+        logger.warning_once(
+            f"Delta-LLaVA is tested with transformers{TRANSFORMERS_RANGE}, and this is {transformers.__version__}: "
+            f'should anything fail, pip install "transformers{TRANSFORMERS_RANGE}"'
+        )
+
+
+check_transformers()
+
+
 def legal_visual_tokens(grid_size: int) -> list[int]:
     """The visual-token budgets `(grid_size / s)**2` over all divisors `s` of the patch grid, largest first."""
     return [(grid_size // scale) ** 2 for scale in range(1, grid_size + 1) if grid_size % scale == 0]
@@ -55,7 +91,7 @@ def scale_factor(num_visual_tokens: int, grid_size: int) -> int:
 
 
 @strict
-class DeltaLlavaConfig(PreTrainedConfig):
+class DeltaLlavaConfig(transformers.PreTrainedConfig):
     r"""
     Configuration of a [`DeltaLlavaModel`]. Fields left at `None` follow the vision tower; with the default tower
     (CLIP-ViT-L/14-336) they reproduce the released architecture.
@@ -125,8 +161,8 @@ class DeltaLlavaConfig(PreTrainedConfig):
     attribute_map = {"image_token_index": "image_token_id"}
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | transformers.PreTrainedConfig | None = None
+    text_config: dict | transformers.PreTrainedConfig | None = None
     image_token_id: int = 32000
     num_visual_tokens: int | None = None
     trained_num_visual_tokens: list[int] | None = None
@@ -158,8 +194,8 @@ class DeltaLlavaConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @staticmethod
-    def _sub_config(value, default: dict) -> PreTrainedConfig:
-        if isinstance(value, PreTrainedConfig):
+    def _sub_config(value, default: dict) -> transformers.PreTrainedConfig:
+        if isinstance(value, transformers.PreTrainedConfig):
             return value
         fields = dict(default if value is None else value)
         return AutoConfig.for_model(fields.pop("model_type", default["model_type"]), **fields)

@@ -10,14 +10,18 @@ import torch
 from torch import nn
 from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .card_delta_llava import HubCardMixin
 from .configuration_delta_llava import DeltaLlavaConfig
 from .fusion_delta_llava import check_fusible
-from .generation_delta_llava import DeltaLlavaGenerationMixin
+from .generation_delta_llava import CACHE_NAME, DeltaLlavaGenerationMixin, cache_argument
 from .projector_delta_llava import DeltaLlavaProjector, DeltaProjection, UniformLinear
 
 logger = logging.get_logger(__name__)
@@ -34,23 +38,12 @@ class DeltaLlavaModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class DeltaLlavaCausalLMOutputWithPast(ModelOutput):
+class DeltaLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
-    Output of [`DeltaLlavaForConditionalGeneration`].
-
-    Args:
-        loss (`torch.FloatTensor` of shape `(1,)`): next-token cross-entropy, when `labels` are given.
-        logits (`torch.FloatTensor` of shape `(batch, sequence, vocabulary)`).
-        past_key_values (`Cache`): keys and values of the sequence so far.
-        hidden_states, attentions (`tuple[torch.FloatTensor]`): per layer of the language model, when asked for.
-        image_hidden_states (`torch.FloatTensor` of shape `(sum of V, D)`): the visual tokens of all images.
+    Output of [`DeltaLlavaForConditionalGeneration`]; `image_hidden_states` are the visual tokens `(sum of V, D)` of all
+    images.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     image_hidden_states: torch.FloatTensor | None = None
 
 
@@ -63,7 +56,7 @@ class DeltaLlavaPreTrainedModel(HubCardMixin, PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["DeltaLlavaProjector"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -303,6 +296,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         num_visual_tokens: int | list[int] | torch.LongTensor | None = None,
         image_features: list[torch.Tensor] | BaseModelOutputWithPooling | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | DeltaLlavaModelOutputWithPast:
         """
@@ -315,6 +309,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             image_features (`list[torch.Tensor]` or the output of `get_image_features`): visual tokens computed before,
                 instead of `pixel_values`.
             mm_encoder_outputs (`dict`): the same, as `generate` passes it (`{"image": output}`).
+            past_key_values, cache (`Cache`): keys and values of the sequence so far, under either name.
 
         Raises:
             ValueError: if image tokens and visual tokens do not match.
@@ -341,22 +336,22 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         if features:
             visual_tokens = torch.cat([tokens.to(inputs_embeds) for tokens in features])  # [sum of V, D]
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), visual_tokens)
-        elif self.training and past_key_values is None:
+        elif self.training and past_key_values is None and cache is None:
             inputs_embeds = inputs_embeds + self._touch_projector(inputs_embeds)
 
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **cache_argument(past_key_values, cache),
             **kwargs,
         )
         return DeltaLlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=visual_tokens,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
     def _touch_projector(self, inputs_embeds: torch.Tensor) -> torch.Tensor | float:
@@ -439,6 +434,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, DeltaLlavaGe
         image_features: list[torch.Tensor] | BaseModelOutputWithPooling | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | DeltaLlavaCausalLMOutputWithPast:
         """
@@ -479,6 +475,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, DeltaLlavaGe
             num_visual_tokens=num_visual_tokens,
             image_features=image_features,
             mm_encoder_outputs=mm_encoder_outputs,
+            cache=cache,
             **{**kwargs, "return_dict": True},
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -492,10 +489,10 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, DeltaLlavaGe
         return DeltaLlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
 

@@ -7,7 +7,7 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processi
 from transformers.utils import logging
 
 from .card_delta_llava import HubCardMixin
-from .configuration_delta_llava import scale_factor
+from .configuration_delta_llava import require_transformers, scale_factor
 
 logger = logging.get_logger(__name__)
 
@@ -15,8 +15,6 @@ logger = logging.get_logger(__name__)
 MAX_ASPECT_RATIO = 200
 # A square of this many pixels takes half a gigabyte while it is prepared. It is also Pillow's own limit for a file.
 MAX_PIXELS = 89_478_485
-# Keywords of `apply_chat_template` that are no variables of the template.
-TOKENIZER_SETTINGS = ("return_tensors", "processor_kwargs", "padding", "truncation", "max_length")
 
 
 class DeltaLlavaImagesKwargs(ImagesKwargs, total=False):
@@ -226,53 +224,10 @@ class DeltaLlavaProcessor(HubCardMixin, ProcessorMixin):
         return processed, replacements
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
-        """As `ProcessorMixin.apply_chat_template`; `return_assistant_tokens_mask` is right behind images as well.
-
-        transformers 5.16 does not move the mask along when placeholders expand, so it is made here: the template is
-        tokenised with one token per image, and the mask expanded like the prompt.
-        """
-        masked = all(kwargs.get(name) for name in ("return_assistant_tokens_mask", "tokenize", "return_dict"))
-        if not masked:
-            return super().apply_chat_template(conversation, chat_template, **kwargs)
-        kwargs.pop("return_assistant_tokens_mask")
         output = super().apply_chat_template(conversation, chat_template, **kwargs)
-        batch = conversation if isinstance(conversation[0], (list, tuple)) else [conversation]
-        settings = {name: value for name, value in kwargs.items() if name not in TOKENIZER_SETTINGS}
-        budgets = iter(np.ravel(output["num_visual_tokens"]).tolist() if "num_visual_tokens" in output else ())
-        masks = []
-        for messages, row, attention in zip(batch, output["input_ids"], output["attention_mask"], strict=True):
-            rendered = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=chat_template or self.chat_template,
-                return_assistant_tokens_mask=True,
-                **settings,
-            )
-            expanded, spoken = [], []
-            for token, said in zip(rendered["input_ids"], rendered["assistant_masks"], strict=True):
-                repeats = next(budgets, self.num_visual_tokens) if token == self.image_token_id else 1
-                expanded += [token] * repeats
-                spoken += [said] * repeats
-            row, attention = np.asarray(row).tolist(), np.asarray(attention).tolist()
-            kept = [token for token, attended in zip(row, attention, strict=True) if attended]
-            aligned = iter(self._aligned(kept, expanded, spoken))
-            masks.append([next(aligned) if attended else 0 for attended in attention])
-        output["assistant_masks"] = masks
-        nested = kwargs.get("processor_kwargs") or {}
-        return output.convert_to_tensors(kwargs.get("return_tensors", nested.get("return_tensors")))
-
-    @staticmethod
-    def _aligned(kept: list[int], expanded: list[int], spoken: list[int]) -> list[int]:
-        """The mask of the ids that were kept of a prompt: all, a truncated part, or all behind a BOS of the tokenizer.
-
-        Raises:
-            ValueError: if they are no part of the prompt.
-        """
-        for added in (0, 1):
-            ids = kept[added:]
-            for start in (0, len(expanded) - len(ids)):
-                if start >= 0 and expanded[start : start + len(ids)] == ids:
-                    return [0] * added + spoken[start : start + len(ids)]
-        raise ValueError("The rendered template and its ids do not match: the assistant's tokens cannot be marked")
+        if kwargs.get("return_assistant_tokens_mask") and "pixel_values" in output:
+            require_transformers("5.23", "return_assistant_tokens_mask beside images")
+        return output
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The text that stands for one processed image: its placeholder, once per visual token."""

@@ -17,7 +17,10 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from PIL import Image
+
+from modeling_delta_llava.configuration_delta_llava import TRANSFORMERS_RANGE, UNTESTED_TRANSFORMERS
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -171,16 +174,14 @@ def test_setup_cfg_says_nothing_that_pyproject_says():
             assert section.getint("max-line-length") == PYPROJECT["tool"]["ruff"]["line-length"]
 
 
-def test_pinned_environments_are_the_ends_of_the_supported_range():
+def test_one_range_of_transformers_is_stated_everywhere():
     requirements = {Requirement(line).name: Requirement(line) for line in PYPROJECT["project"]["dependencies"]}
-    pins = {}
-    for versions in ("oldest", "newest"):
-        text = (ROOT / "requirements" / f"{versions}.txt").read_text(encoding="utf-8")
-        (pins[versions],) = re.findall(r"^transformers==(\S+)$", text, flags=re.MULTILINE)
-    supported = requirements["transformers"].specifier
-    (oldest,) = [clause.version for clause in supported if clause.operator == ">="]
-    assert pins["oldest"] == oldest
-    assert pins["newest"] in supported
+    assert requirements["transformers"].specifier == SpecifierSet(TRANSFORMERS_RANGE)
+    assert f"transformers{TRANSFORMERS_RANGE}" in (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "requirements" / "newest.txt").read_text(encoding="utf-8")
+    (newest,) = re.findall(r"^transformers==(\S+)$", text, flags=re.MULTILINE)
+    major, minor = map(int, newest.split(".")[:2])
+    assert UNTESTED_TRANSFORMERS == f"{major}.{minor + 1}"
 
 
 def test_pins_satisfy_the_declared_requirements():

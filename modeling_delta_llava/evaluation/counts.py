@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
 from modeling_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
+from modeling_delta_llava.generation_delta_llava import CACHE_NAME
 
 PAPER_TEXT_TOKENS = 68
 """Text tokens of the paper's Figure 3: with them its prefill counts follow at every budget."""
@@ -271,9 +272,9 @@ def counted(
     def step(tokens: int, cache=None) -> tuple[int, object]:
         embeddings = torch.empty(1, tokens, config.text_config.hidden_size, device=device, dtype=dtype)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            outputs = model.model.language_model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
+            outputs = model.model.language_model(inputs_embeds=embeddings, use_cache=True, **{CACHE_NAME: cache})
             model.lm_head(outputs.last_hidden_state[:, -1:])
-        return counter.get_total_flops(), outputs.past_key_values
+        return counter.get_total_flops(), outputs[CACHE_NAME]
 
     prefill, cache = step(sequence)
     decode, steps = 0, max(new_tokens - 1, 0)

@@ -8,6 +8,8 @@ import transformers
 from huggingface_hub import ModelCardData
 from transformers import TrainerState, TrainingArguments
 
+from modeling_delta_llava.configuration_delta_llava import TRANSFORMERS_RANGE
+
 from .parts import PartCount
 
 
@@ -150,4 +152,7 @@ def usage(is_lora: bool, repo_id: str) -> list[str]:
 
 
 def versions() -> list[str]:
-    return [f"Made with transformers {transformers.__version__} and torch {torch.__version__.split('+')[0]}."]
+    return [
+        f"Made with transformers {transformers.__version__} and torch {torch.__version__.split('+')[0]}; the code in this "
+        f"repository needs `transformers{TRANSFORMERS_RANGE}`."
+    ]

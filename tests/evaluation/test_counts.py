@@ -18,6 +18,7 @@ from modeling_delta_llava.evaluation.counts import (
     projector_flops,
     tower_flops,
 )
+from modeling_delta_llava.generation_delta_llava import CACHE_NAME
 from modeling_delta_llava.projector_delta_llava import DeltaLlavaProjector
 from tests.tiny import tiny_config, tiny_model
 
@@ -161,7 +162,7 @@ def test_tied_embeddings_count_once():
 def test_key_value_bytes_are_what_the_cache_holds():
     model = tiny_model(decoder="qwen2", text={"num_key_value_heads": 1})
     with torch.no_grad():
-        cache = model.model.language_model(inputs_embeds=torch.zeros(1, 7, 32), use_cache=True).past_key_values
+        cache = model.model.language_model(inputs_embeds=torch.zeros(1, 7, 32), use_cache=True)[CACHE_NAME]
     held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
     assert TextGeometry.of(model.config.text_config).key_value_bytes(7, bytes_per_value=4) == held
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForImageTextToText, LlamaForCausalLM
 
 import modeling_delta_llava  # noqa: F401  (registers the Auto classes)
-from modeling_delta_llava.generation_delta_llava import CHUNKS_ENCODED_IMAGES
+from modeling_delta_llava.generation_delta_llava import CACHE_NAME
 from tests.tiny import IMAGE_TOKEN_ID, tiny_model
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
@@ -180,16 +180,12 @@ def test_pictures_are_encoded_once(model):
 
 @pytest.mark.parametrize("num_beams", [1, 2])
 @pytest.mark.parametrize("form", ["pixel_values", "image_features", "text only"])
-def test_prefill_in_chunks_keeps_the_pictures_or_is_refused(form, num_beams, model):
+def test_prefill_in_chunks_keeps_the_pictures(form, num_beams, model):
     inputs, pixels = (batch(ROWS[1]), None) if form == "text only" else (batch(*ROWS), pictures(6))
     settings = {**GREEDY, "num_beams": num_beams}
     expected = model.generate(**inputs, pixel_values=pixels, **settings)
     given = {"image_features": encode_alone(model, pixels)} if form == "image_features" else {"pixel_values": pixels}
-    if form == "image_features" or (form == "pixel_values" and not CHUNKS_ENCODED_IMAGES):
-        with pytest.raises(ValueError, match="prefill_chunk_size cannot be combined with images"):
-            model.generate(**inputs, **given, **settings, prefill_chunk_size=5)
-    else:
-        assert torch.equal(model.generate(**inputs, **given, **settings, prefill_chunk_size=5), expected)
+    assert torch.equal(model.generate(**inputs, **given, **settings, prefill_chunk_size=5), expected)
 
 
 # --- inputs_embeds, image_features and budgets -----------------------------------------------------
@@ -220,9 +216,9 @@ def test_image_features_equal_pictures(as_list, num_beams, model):
         features = model.get_image_features(pixels)
     handle = model.model.vision_tower.embeddings.register_forward_hook(lambda *_: pytest.fail("encoded again"))
     given = features.pooler_output if as_list else features
-    output = model.generate(**inputs, image_features=given, **settings)
+    for _ in range(2):  # what the caller gives is not changed
+        assert torch.equal(model.generate(**inputs, image_features=given, **settings), expected)
     handle.remove()
-    assert torch.equal(output, expected)
 
 
 @pytest.mark.parametrize("form", ["tensor", "list", "image_features"])
@@ -268,8 +264,8 @@ SECOND_TURN = ([*words(2, 4), *image(), *words(3, 5)], [*image(), *words(5, 6)],
 
 
 @pytest.mark.parametrize("given", ["all pictures", "the new pictures", "all features"])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_second_turn_continues_from_the_cache(rows, given, model):
+@pytest.mark.parametrize(("rows", "name"), [(1, "cache"), (3, "past_key_values")])
+def test_second_turn_continues_from_the_cache(rows, name, given, model):
     pixels = pictures(5)
     old, new, every = ([0, 1], [2], [0, 1, 2]) if rows == 1 else ([0, 1, 3], [2, 4], [0, 1, 2, 3, 4])
     first = batch(*FIRST_TURN[:rows])
@@ -288,7 +284,7 @@ def test_second_turn_continues_from_the_cache(rows, given, model):
         "the new pictures": {"pixel_values": pixels[new]},
         "all features": {"image_features": encode_alone(model, pixels[every])},
     }[given]
-    output = model.generate(**second, **images, past_key_values=answer.past_key_values, **GREEDY)
+    output = model.generate(**second, **images, **{name: answer[CACHE_NAME]}, **GREEDY)
     handle.remove()
     assert torch.equal(output, expected)
     assert new_length[0] == len(SECOND_TURN[0]) + 1  # the last token of the answer was not cached yet
@@ -302,7 +298,7 @@ def test_second_turn_without_new_pictures(given, model):
     second = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     expected = model.generate(**second, pixel_values=pixels, **GREEDY)
     images = {"pixel_values": pixels} if given else {}
-    output = model.generate(**second, **images, past_key_values=answer.past_key_values, **GREEDY)
+    output = model.generate(**second, **images, **{CACHE_NAME: answer[CACHE_NAME]}, **GREEDY)
     assert torch.equal(output, expected)
 
 

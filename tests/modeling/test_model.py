@@ -84,7 +84,7 @@ def test_gradient_checkpointing_changes_nothing():
     for checkpointing in (False, True):
         model = tiny_model(drop_path_rate=0.0).train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
             assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         batch = inputs(model)
         model(**batch, labels=batch["input_ids"]).loss.backward()
