@@ -2,32 +2,32 @@
 #
 #   make test TESTS=tests/conversion                    a part of the tests
 #   make test PYTEST_ARGS='-m vllm'                     other tests than the default selection
-#   make test VENV=.venv-oldest VERSIONS=oldest         the oldest supported transformers
+#   make test-versions                                  every supported transformers, and today's without a pin
+#   make test-versions ROWS="5.16 today"                some of them
 #   make test-deepspeed                                 ZeRO-2 and ZeRO-3 in two CPU processes; installs DeepSpeed
 #   make demo TORCH='torch==2.13.0 --index-url URL'     torch from another index (say, its CPU builds)
 
 BASE_PYTHON ?= python3
 VENV ?= .venv
-VERSIONS ?= newest
 TORCH ?= torch==2.13.0
 EXTRAS ?= dev,finetuning,quantization
 WORKERS ?= logical
 TESTS ?= tests
 PYTEST_ARGS ?=
+ROWS ?=
 
 PYTHON := $(VENV)/bin/python
-INSTALLED := $(VENV)/.installed-$(VERSIONS)
+INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-deepspeed lint format install clean
+.PHONY: demo test test-versions test-deepspeed lint format install clean
 
 # torch comes first: what needs it is then content with this version, and pulls in no other build. Python compiles what
 # it imports; the rest need not be.
-$(INSTALLED): pyproject.toml requirements/common.txt requirements/$(VERSIONS).txt
+$(INSTALLED): pyproject.toml requirements/common.txt requirements/newest.txt
 	$(BASE_PYTHON) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-compile $(TORCH)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-compile \
-		-c requirements/$(VERSIONS).txt -e '.[$(EXTRAS)]'
-	rm -f $(VENV)/.installed-*
+		-c requirements/newest.txt -e '.[$(EXTRAS)]'
 	touch $@
 
 install: $(INSTALLED)
@@ -40,11 +40,15 @@ test: install
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
 		$(PYTHON) -m pytest -n $(WORKERS) --maxprocesses 8 $(PYTEST_ARGS) $(TESTS)
 
+test-versions: install
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+		$(PYTHON) -m tests.compatibility $(ROWS)
+
 # DeepSpeed is built from source with the torch that is there, in a folder of its own: other tests run without it. They
 # would skip what cannot be imported, so that is tried first.
 test-deepspeed: install
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c requirements/$(VERSIONS).txt wheel
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c requirements/$(VERSIONS).txt \
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c requirements/newest.txt wheel
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c requirements/newest.txt \
 		--no-build-isolation --no-deps --upgrade --target $(VENV)/deepspeed \
 		deepspeed hjson msgpack ninja py-cpuinfo
 	PYTHONPATH=$(abspath $(VENV)/deepspeed) DS_ACCELERATOR=cpu $(PYTHON) -c 'import deepspeed'
@@ -60,4 +64,4 @@ format: install
 	$(PYTHON) -m ruff format .
 
 clean:
-	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-versions build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

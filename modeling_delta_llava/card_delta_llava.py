@@ -27,7 +27,8 @@ of the same name.
 
 ## Usage
 
-Needs `transformers{transformers}`. Read the code in this repository, then put the commit that you have read in place of `main`:
+Needs `transformers{transformers}`. Read the code in this repository, then put the commit that you have read in place
+of `main`:
 
 ```python
 from transformers import pipeline

@@ -1,6 +1,5 @@
 """Images in `generate`: any number per row, and turns that continue from a cache."""
 
-from dataclasses import fields
 from itertools import accumulate, pairwise
 
 import torch
@@ -11,7 +10,7 @@ from .configuration_delta_llava import require_transformers
 
 # transformers 5.24 renamed `past_key_values` to `cache`, in arguments and in outputs. Both names are taken here, and
 # what is passed on has the running release's.
-CACHE_NAME = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in ("cache", "past_key_values"))
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 # Keyword arguments with an entry per image.
 IMAGE_INPUTS = ("pixel_values", "num_visual_tokens", "mm_encoder_outputs")
 
@@ -35,7 +34,7 @@ class DeltaLlavaGenerationMixin(GenerationMixin):
         """As `GenerationMixin.generate`, with images as `pixel_values` (and `num_visual_tokens`) or `image_features`.
 
         Raises:
-            ValueError: if the prompt fills the language model's context, images do not match the prompt, or the running
+            ValueError: if the prompt fills the language model's context, images do not match the prompt, or this
                 release of transformers would lose them.
         """
         prompt = next(
@@ -158,5 +157,6 @@ class DeltaLlavaGenerationMixin(GenerationMixin):
             return {}
         if "mm_encoder_outputs" in images:
             features = images["mm_encoder_outputs"]["image"].pooler_output
-            return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[features[i] for i in new])}}
+            features = BaseModelOutputWithPooling(pooler_output=[features[image] for image in new])
+            return {"mm_encoder_outputs": {"image": features}}
         return {name: value if isinstance(value, int) else value[new] for name, value in images.items()}

@@ -40,8 +40,8 @@ class DeltaLlavaModelOutputWithPast(BaseModelOutputWithPast):
 @dataclass
 class DeltaLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
-    Output of [`DeltaLlavaForConditionalGeneration`]; `image_hidden_states` are the visual tokens `(sum of V, D)` of all
-    images.
+    Output of [`DeltaLlavaForConditionalGeneration`]; `image_hidden_states` are the visual tokens of all images,
+    `(sum of V, D)`.
     """
 
     image_hidden_states: torch.FloatTensor | None = None

@@ -152,7 +152,5 @@ def usage(is_lora: bool, repo_id: str) -> list[str]:
 
 
 def versions() -> list[str]:
-    return [
-        f"Made with transformers {transformers.__version__} and torch {torch.__version__.split('+')[0]}; the code in this "
-        f"repository needs `transformers{TRANSFORMERS_RANGE}`."
-    ]
+    used = f"Made with transformers {transformers.__version__} and torch {torch.__version__.split('+')[0]}"
+    return [f"{used}; the code in this repository needs `transformers{TRANSFORMERS_RANGE}`."]

@@ -1,7 +1,7 @@
 """The projector against the released code's own values, and its parts against their definitions."""
 
+import copy
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_delta_llava.configuration_delta_llava import DeltaLlavaConfig
-from modeling_delta_llava.conversion.keys import PROJECTOR_RULES, rename
 from modeling_delta_llava.modeling_delta_llava import DeltaLlavaModel
 from modeling_delta_llava.projector_delta_llava import (
     DeltaLlavaProjector,
@@ -20,100 +19,35 @@ from modeling_delta_llava.projector_delta_llava import (
     EfficientSelfAttention,
     position_table,
 )
+from tests.golden import PROJECTOR_ENTRIES, PROJECTOR_VALUES, check_projector, golden_projector, golden_streams
 from tests.tiny import tiny_config, tiny_model
-from tests.training_layout import TrainingLayout, projector_shapes
-
-GOLDEN = np.load(Path(__file__).parents[1] / "data" / "projector_golden.npz")
-ENTRIES = sorted({name.rsplit("_", 1)[0] for name in GOLDEN.files})
-
-
-def golden_weights(text_width: int) -> dict[str, torch.Tensor]:
-    """The training tensors of the reference run, under our names."""
-    shapes = projector_shapes(TrainingLayout.released_projector(text_hidden_size=text_width))
-    generator = np.random.RandomState(20260101)
-    names = rename([f"model.mm_projector.{name}" for name in shapes], PROJECTOR_RULES).names
-    weights = {}
-    for name in sorted(shapes):
-        values = generator.standard_normal(size=shapes[name]).astype(np.float32)
-        if ".norm" in name and name.endswith("weight"):
-            values = 1 + 0.1 * values
-        elif name.endswith("bias"):
-            values = 0.05 * values
-        else:
-            values = values / np.float32(np.sqrt(np.prod(shapes[name][1:])))
-        tensor = torch.from_numpy(values)
-        ours = names[f"model.mm_projector.{name}"].removeprefix("model.multi_modal_projector.")
-        if "qkv_proj" in ours:
-            weights.update(
-                {
-                    ours.replace("qkv_proj", f"{part}_proj"): rows
-                    for part, rows in zip("qkv", tensor.chunk(3), strict=False)
-                }
-            )
-        else:
-            weights[ours] = tensor.flatten(1) if tensor.shape[2:] == (1, 1) else tensor
-    return weights
-
-
-@pytest.fixture(scope="module")
-def golden_projectors():
-    projectors = {}
-    for text_width in sorted({int(re.match(r"h(\d+)", entry).group(1)) for entry in ENTRIES}):
-        text = {"model_type": "llama", "hidden_size": text_width, "vocab_size": 8, "num_attention_heads": 1}
-        with torch.device("meta"):
-            projector = DeltaLlavaProjector(DeltaLlavaConfig(text_config=text))
-        projector.load_state_dict(golden_weights(text_width), assign=True)
-        projectors[text_width] = projector.eval()
-    return projectors
-
-
-@pytest.fixture(scope="module")
-def golden_streams():
-    generator = np.random.RandomState(20260102)
-    query = generator.standard_normal((2, 576, 1024)).astype(np.float32)
-    return torch.from_numpy(query), torch.from_numpy(generator.standard_normal((2, 576, 4096)).astype(np.float32))
 
 
 def test_all_twelve_golden_entries_are_there():
-    assert len(ENTRIES) == 12
+    assert len(PROJECTOR_ENTRIES) == 12
 
 
-def test_parameters_of_the_released_projector(golden_projectors):
-    assert sum(parameter.numel() for parameter in golden_projectors[4096].parameters()) == 42_503_680
+def test_parameters_of_the_released_projector():
+    assert sum(parameter.numel() for parameter in golden_projector(4096).parameters()) == 42_503_680
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("entry", ENTRIES)
-def test_released_values(entry, fused, golden_projectors, golden_streams):
-    text_width, scale = map(int, re.fullmatch(r"h(\d+)_s(\d+)", entry).groups())
-    projector = golden_projectors[text_width]
-    if fused:
-        projector.fuse()
-    with torch.no_grad():
-        output = projector(*golden_streams, scale).numpy()
-    projector.unfuse()
-    expected = GOLDEN[f"{entry}_sample"]
-    sample = output[:, GOLDEN[f"{entry}_rows"]][:, :, GOLDEN[f"{entry}_columns"]]
-    assert output.shape == (2, (24 // scale) ** 2, text_width)
-    assert np.abs(sample - expected).max() <= 2e-5 * np.abs(expected).max()
-    moments = np.array([output.mean(), output.std(), np.abs(output).max()])
-    np.testing.assert_allclose(moments, GOLDEN[f"{entry}_moments"], rtol=2e-5, atol=1e-7)
+@pytest.mark.parametrize("entry", PROJECTOR_ENTRIES)
+def test_released_values(entry):
+    check_projector(entry)
 
 
 @pytest.mark.parametrize("scale", [1, 2])
-def test_training_computes_the_released_values_too(scale, golden_projectors, golden_streams):
+def test_training_computes_the_released_values_too(scale):
     """In training the query path runs at every budget; without stochastic depth it must not change the result."""
-    projector = golden_projectors[4096].train()
+    projector = copy.deepcopy(golden_projector(4096)).train()
     for module in projector.modules():
         if hasattr(module, "rate"):
             module.rate = 0.0
     with torch.no_grad():
-        output = projector(*golden_streams, scale).numpy()
-    projector.eval()
-    entry = f"h4096_s{scale}"
-    expected = GOLDEN[f"{entry}_sample"]
-    sample = output[:, GOLDEN[f"{entry}_rows"]][:, :, GOLDEN[f"{entry}_columns"]]
-    assert np.abs(sample - expected).max() <= 2e-5 * np.abs(expected).max()
+        output = projector(*golden_streams(), scale).numpy()
+    expected = PROJECTOR_VALUES[f"h4096_s{scale}_sample"]
+    rows, columns = (PROJECTOR_VALUES[f"h4096_s{scale}_{axis}"] for axis in ("rows", "columns"))
+    assert np.abs(output[:, rows][:, :, columns] - expected).max() <= 2e-5 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("grid_size", [1, 2, 3, 4, 6, 8, 12, 24])

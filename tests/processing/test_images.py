@@ -1,7 +1,6 @@
 """Pixels, bit for bit with the released preprocessing, budgets, and every image that is not a plain RGB photo."""
 
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,40 +8,19 @@ import torch
 from PIL import Image
 
 from modeling_delta_llava.building import build_image_processor, build_processor, load_tokenizer
-from modeling_delta_llava.configuration_delta_llava import DeltaLlavaConfig
 from modeling_delta_llava.processing_delta_llava import DeltaLlavaProcessor
-from tests.tiny import TOWERS, encoded, picture, tiny_config
+from tests.golden import PIXELS, check_pixels
+from tests.tiny import encoded, picture, tiny_config
 from tests.training_layout import TrainingLayout, write_tokenizer
 
-GOLDEN = np.load(Path(__file__).parents[1] / "data" / "image_golden.npz")
 
-
-def golden_picture(width: int, height: int) -> Image.Image:
-    columns, rows = np.meshgrid(np.arange(width), np.arange(height))
-    channels = [columns * 255 // max(width - 1, 1), rows * 255 // max(height - 1, 1), (columns + rows) % 256]
-    pixels = np.stack(channels, axis=-1).astype(np.uint8)
-    generator = np.random.RandomState(5)
-    for _ in range(24):
-        left, top = generator.randint(0, width), generator.randint(0, height)
-        block_width, block_height = generator.randint(1, max(2, width // 4)), generator.randint(1, max(2, height // 4))
-        pixels[top : top + block_height, left : left + block_width] = generator.randint(0, 256, 3)
-    return Image.fromarray(pixels)
-
-
-@pytest.mark.parametrize("name", GOLDEN.files)
+@pytest.mark.parametrize("name", PIXELS.files)
 def test_pixels_are_the_released_ones_bit_for_bit(name):
-    size, mode, shape = name.split("_")
-    vision_config = DeltaLlavaConfig(
-        vision_config={**TOWERS["clip"], "image_size": int(size), "patch_size": 14}
-    ).vision_config
-    processor = build_image_processor(vision_config, image_aspect_ratio=mode)
-    assert "Pil" in type(processor).__name__, "the golden values are PIL's; run this test without torchvision"
-    pixels = processor(golden_picture(*map(int, shape.split("x"))), return_tensors="np")["pixel_values"][0]
-    np.testing.assert_array_equal(pixels[:, ::7, ::7], GOLDEN[name])
+    check_pixels(name)
 
 
 def test_there_are_24_golden_pictures():
-    assert len(GOLDEN.files) == 24
+    assert len(PIXELS.files) == 24
 
 
 def test_siglip_gets_its_own_mean_and_size():

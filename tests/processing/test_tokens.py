@@ -4,10 +4,7 @@ Training tokenises every chunk of text between images on its own with the slow L
 that out with sentencepiece alone; nothing of the package takes part in it.
 """
 
-import json
-import os
 import re
-from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -18,6 +15,7 @@ from sentencepiece import sentencepiece_model_pb2
 from modeling_delta_llava.building import backbone_chat_template, load_tokenizer, read_chat_template
 from modeling_delta_llava.errors import UserError
 from modeling_delta_llava.tokenization import sentencepiece_tokenizer
+from tests.golden import IMAGE, check_text_rows, needs_reference
 from tests.tiny import IMAGE_TOKEN_ID, picture, tiny_config, tiny_processor
 from tests.training_layout import TrainingLayout, sentencepiece_model, write_tokenizer
 
@@ -25,7 +23,6 @@ SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-IMAGE = -200
 ORACLE = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
 
 
@@ -403,34 +400,7 @@ def test_any_other_template_gets_images_in_front(qwen):
 
 # --- the released rows ----------------------------------------------------------------------------
 
-REFERENCE = os.environ.get("DELTA_LLAVA_REFERENCE")
 
-
-@pytest.mark.skipif(
-    not REFERENCE, reason="the Llama tokenizer may not be shipped: set DELTA_LLAVA_REFERENCE to a folder that has it"
-)
+@needs_reference
 def test_all_released_rows():
-    folder = Path(REFERENCE)
-    rows = json.loads((folder / "text_golden.json").read_text(encoding="utf-8"))
-    assert len(rows) == 24
-    tokenizers = {
-        legacy: sentencepiece_tokenizer(folder / "llama_tokenizer.model", legacy=legacy) for legacy in (True, False)
-    }
-    image_id = tokenizers[True].convert_tokens_to_ids("<image>")
-    for row in rows:
-        tokenizer, template = tokenizers[row["legacy"]], read_chat_template(row["template"])
-        roles = {"human": "user", "gpt": "assistant"}
-        messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
-        output = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        ids = [IMAGE if index == image_id else index for index in output["input_ids"]]
-        assert ids == row["input_ids"], row["name"]
-        labels = [index if mask else -100 for index, mask in zip(ids, output["assistant_masks"], strict=True)]
-        assert labels == row["labels"], row["name"]
-        if "prompt" in row:
-            prompt = tokenizer.apply_chat_template(
-                messages[:-1], chat_template=template, tokenize=False, add_generation_prompt=True
-            )
-            prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            assert [IMAGE if index == image_id else index for index in prompt_ids] == row["prompt_ids"], row["name"]
+    check_text_rows()
