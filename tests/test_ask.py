@@ -16,7 +16,7 @@ CAT = Path(__file__).parents[1] / "assets" / "cat.jpg"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "modeling_delta_llava.cli", "ask", *map(str, arguments)]
+    command = [sys.executable, "-m", "delta_llava_cli", "ask", *map(str, arguments)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
 

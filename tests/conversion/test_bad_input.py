@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modeling_delta_llava.cli import main
+from delta_llava_cli import main
 from modeling_delta_llava.conversion import workspace, writer
 from modeling_delta_llava.conversion.workspace import transaction
 from modeling_delta_llava.errors import UserError

@@ -35,7 +35,7 @@ def upload(
 
 
 def run(
-    hub: LocalHub, tmp_path: Path, *arguments: str, start=("-m", "modeling_delta_llava.cli"), **variables: str
+    hub: LocalHub, tmp_path: Path, *arguments: str, start=("-m", "delta_llava_cli"), **variables: str
 ) -> subprocess.CompletedProcess:
     environment = hub.environment(tmp_path / "home", token=None) | {"PYTHONPATH": str(REPOSITORY)} | variables
     command = [sys.executable, *start, *map(str, arguments)]
@@ -135,7 +135,7 @@ def test_no_space_for_the_download(hub, tmp_path):
     upload(hub, "someone/delta", tmp_path / "source")
     script = (
         "import sys; from modeling_delta_llava.conversion import sources; sources.free_bytes = lambda path: 100_000\n"
-        "from modeling_delta_llava.cli import main; sys.exit(main(sys.argv[1:]))"
+        "from delta_llava_cli import main; sys.exit(main(sys.argv[1:]))"
     )
     done = run(hub, tmp_path, "convert", "someone/delta", "hub", start=("-c", script))
     assert done.returncode == 2

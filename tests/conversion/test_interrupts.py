@@ -26,7 +26,7 @@ def slowly(*arguments):
     time.sleep(0.05)
     write(*arguments)
 writer._write_all = slowly
-from modeling_delta_llava.cli import main
+from delta_llava_cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -48,7 +48,7 @@ def start(source: Path, output: Path, *arguments: str) -> subprocess.Popen:
 
 def finish(source: Path, output: Path, *arguments: str) -> None:
     """Runs the real command line to its end."""
-    command = [sys.executable, "-m", "modeling_delta_llava.cli", "convert", str(source), str(output), *arguments]
+    command = [sys.executable, "-m", "delta_llava_cli", "convert", str(source), str(output), *arguments]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
-from modeling_delta_llava import cli
+import delta_llava_cli as cli
 from modeling_delta_llava.finetuning.arguments import (
     DataArguments,
     DeltaLlavaTrainingArguments,
@@ -90,7 +90,7 @@ def test_both_recipes_from_the_hub_to_the_hub(tmp_path):
         upload(hub, "user/tower", tmp_path / "tower")
         environment = hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
         stage1 = python(
-            *("-m", "modeling_delta_llava.cli", "finetune", "stage1"),
+            *("-m", "delta_llava_cli", "finetune", "stage1"),
             *options(language_model="user/llm", vision_tower="user/tower", output_dir="stage1", **common),
             *options(hub_model_id="user/stage1", projector="{memory_feature_layers: [2, 4, 6, 7]}"),
             cwd=tmp_path,
@@ -163,7 +163,7 @@ def test_a_dataset_is_streamed_from_the_hub(workplace, tmp_path):
         upload(hub, "datasets/user/pets", tmp_path / "pets")
         home = tmp_path / "home"
         ran = python(
-            *("-m", "modeling_delta_llava.cli", "finetune"),
+            *("-m", "delta_llava_cli", "finetune"),
             write_config(tmp_path / "run.yaml", {**settings, **from_hub}),
             cwd=tmp_path,
             **hub.environment(home),
@@ -361,7 +361,7 @@ def test_another_runs_checkpoint_is_left_alone(workplace, tmp_path, capsys):
 
 def test_a_process_ends_with_status_2_and_without_a_traceback(exact_folder, tmp_path):
     settings = options(model=exact_folder, data_path="none.json", output_dir="run", **SMALL)
-    ended = python("-m", "modeling_delta_llava.cli", "finetune", "stage2", *settings, cwd=tmp_path)
+    ended = python("-m", "delta_llava_cli", "finetune", "stage2", *settings, cwd=tmp_path)
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith("error: none.json: no such data file")
     assert not list(tmp_path.iterdir())

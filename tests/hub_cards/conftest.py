@@ -50,7 +50,7 @@ def cli(client) -> Callable[..., subprocess.CompletedProcess]:
     """Runs `delta-llava ARGUMENTS` as a client of the hub."""
 
     def run(*arguments, **options) -> subprocess.CompletedProcess:
-        return client("-m", "modeling_delta_llava.cli", *arguments, **options)
+        return client("-m", "delta_llava_cli", *arguments, **options)
 
     return run
 

@@ -213,7 +213,7 @@ def test_unknown_variant_is_one_line_with_a_hint():
 
 def run_cli(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "modeling_delta_llava.cli", *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "delta_llava_cli", *arguments], capture_output=True, text=True, check=False
     )
 
 

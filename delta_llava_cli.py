@@ -1,8 +1,9 @@
 """The command line, `delta-llava COMMAND ...`.
 
-A command is a thin function: it states arguments and help, imports the function that does the work inside its body
-(so that `--help` imports neither torch nor transformers nor huggingface_hub) and prints what that returns. Errors that
-a user can act on are raised as `UserError`; `main` turns them into one line and exit status 2.
+A command is a thin function: it states arguments and help, imports the function that does the work inside its body and
+prints what that returns. This module stands beside the package, whose import brings in torch and transformers, so
+`--help` waits for neither. Errors that a user can act on are raised as `UserError`; `main` turns them into one line
+and exit status 2.
 """
 
 import os
@@ -13,8 +14,6 @@ from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
-
-from .errors import UserError
 
 # The sections of `delta-llava --help`. A command names its own, `@app.command(rich_help_panel=USE)`, and stands below
 # among the others of that section: the help shows sections and commands in the order of this file.
@@ -58,9 +57,9 @@ app = typer.Typer(
 
 def _print_version(requested: bool) -> None:
     if requested:
-        from . import __version__
+        from importlib.metadata import version as installed_version
 
-        typer.echo(f"delta-llava {__version__}")
+        typer.echo(f"delta-llava {installed_version('delta-llava')}")
         raise typer.Exit
 
 
@@ -98,7 +97,7 @@ def ask(
     dtype: Annotated[str, typer.Option(help="auto (as saved), bfloat16, float16 or float32.")] = "auto",
 ) -> None:
     """Ask about pictures and stream the answer."""
-    from .asking import ask as ask_model
+    from modeling_delta_llava.asking import ask as ask_model
 
     *images, question = images_and_question
     ask_model(model, question, images, num_visual_tokens, revision, max_new_tokens, temperature, device, dtype)
@@ -129,10 +128,10 @@ def convert(
     progress: Annotated[bool, typer.Option(help="Show a progress bar on a terminal.")] = True,
 ) -> None:
     """Turn a checkpoint of Delta-LLaVA training into a Hub folder."""
-    from .conversion.convert import convert as convert_checkpoint
-    from .conversion.convert import preview
-    from .conversion.plan import Options
-    from .conversion.tensors import format_bytes
+    from modeling_delta_llava.conversion.convert import convert as convert_checkpoint
+    from modeling_delta_llava.conversion.convert import preview
+    from modeling_delta_llava.conversion.plan import Options
+    from modeling_delta_llava.conversion.tensors import format_bytes
 
     options = Options(form, base_model, vision_tower, revision, dtype)
     if dry_run:
@@ -171,7 +170,7 @@ def export(
     progress: Annotated[bool, typer.Option(help="Show a progress bar on a terminal.")] = True,
 ) -> None:
     """Turn a Hub folder into a checkpoint of Delta-LLaVA training again."""
-    from .conversion.export import export as export_folder
+    from modeling_delta_llava.conversion.export import export as export_folder
 
     result = export_folder(
         folder,
@@ -198,9 +197,9 @@ def verify(
     progress: Annotated[bool, typer.Option(help="Show a progress bar on a terminal.")] = True,
 ) -> int:
     """Check a Hub folder: complete, loadable, and equal to its source. Exits with 1 if anything differs."""
-    from .conversion.plan import Options
-    from .conversion.verify import passed
-    from .conversion.verify import verify as verify_folder
+    from modeling_delta_llava.conversion.plan import Options
+    from modeling_delta_llava.conversion.verify import passed
+    from modeling_delta_llava.conversion.verify import verify as verify_folder
 
     options = Options(form, base_model, vision_tower, revision)
     checks = verify_folder(folder, against, options, numbers=numbers, progress=progress)
@@ -237,8 +236,8 @@ def variants(
     """List the variants of the paper and of the release, with the scores the paper's tables print for them."""
     import json
 
-    from .hub_cards.variants import get_variant, variant_record, variants_table
-    from .hub_cards.variants import variants as all_variants
+    from modeling_delta_llava.hub_cards.variants import get_variant, variant_record, variants_table
+    from modeling_delta_llava.hub_cards.variants import variants as all_variants
 
     if name is not None:
         typer.echo(json.dumps(variant_record(get_variant(name)), indent=2, ensure_ascii=False))
@@ -271,7 +270,7 @@ def card(
     ] = None,
 ) -> None:
     """Write the model card: README.md, LICENSE, NOTICE, figure and evaluation results."""
-    from .hub_cards.card import write_card
+    from modeling_delta_llava.hub_cards.card import write_card
 
     written = write_card(
         folder,
@@ -313,8 +312,8 @@ def publish(
     retry_wait: Annotated[float, typer.Option(help="Seconds before the second attempt; doubles each time.")] = 2.0,
 ) -> None:
     """Publish a folder on the Hub: checked before, sent in one commit that can be resumed, checked after."""
-    from .hub_cards.publish import PublishOptions, describe, publish_all, timed
-    from .hub_cards.publish import publish as publish_folder
+    from modeling_delta_llava.hub_cards.publish import PublishOptions, describe, publish_all, timed
+    from modeling_delta_llava.hub_cards.publish import publish as publish_folder
 
     options = PublishOptions(
         private=private,
@@ -334,12 +333,14 @@ def publish(
     say = timed(lambda text: typer.echo(text, err=True))
     if everything is not None:
         if folder is not None or namespace is None:
-            raise UserError("with --all give the folder of folders and --namespace NAME, and no other argument")
+            raise _CommandLineError(
+                "with --all give the folder of folders and --namespace NAME, and no other argument"
+            )
         for report in publish_all(everything, namespace, options, say):
             typer.echo(describe(report, dry_run))
         return
     if folder is None or repo_id is None:
-        raise UserError("give a folder and NAMESPACE/NAME, or --all DIR --namespace NAME")
+        raise _CommandLineError("give a folder and NAMESPACE/NAME, or --all DIR --namespace NAME")
     typer.echo(describe(publish_folder(folder, repo_id, options, say), dry_run))
 
 
@@ -356,7 +357,7 @@ def quantize(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Write a bitsandbytes copy: language model in 4 or 8 bit, vision tower and projector in 16 bit."""
-    from .hub_cards.quantize import quantize as quantize_folder
+    from modeling_delta_llava.hub_cards.quantize import quantize as quantize_folder
 
     written = quantize_folder(folder, output, bits, base_model, repo_id, revision, device)
     size = sum(file.stat().st_size for file in written.glob("*.safetensors"))
@@ -365,7 +366,7 @@ def quantize(
 
 def _print_settings(requested: bool) -> None:
     if requested:
-        from .finetuning.settings_list import settings_list
+        from modeling_delta_llava.finetuning.settings_list import settings_list
 
         typer.echo(settings_list())
         raise typer.Exit
@@ -393,7 +394,7 @@ def finetune(
     reads the data through and trains nothing. On several devices:
     accelerate launch -m modeling_delta_llava.finetuning CONFIG.yaml [--key value ...].
     """
-    from .finetuning.run import finetune as run_finetuning
+    from modeling_delta_llava.finetuning.run import finetune as run_finetuning
 
     folder = run_finetuning(config, context.args)
     if folder is not None:
@@ -426,15 +427,15 @@ def profile(
     ] = None,
 ) -> None:
     """Show what every visual-token budget costs: FLOPs, cache and parameters, latency, tokens/s and memory."""
-    from .evaluation import backbones, efficiency
-    from .hub_cards.variants import variants
+    from modeling_delta_llava.evaluation import backbones, efficiency
+    from modeling_delta_llava.hub_cards.variants import variants
 
     budgets = _numbers("--num-visual-tokens", num_visual_tokens)
     variant = variants().get(model_or_variant)
     if variant is not None:
         config = backbones.known_config(variant.backbone.id, variant.tower.id, variant.num_visual_tokens)
         if not (analytic or random_weights):
-            raise UserError(
+            raise _CommandLineError(
                 f"{model_or_variant} is a variant, not a folder with weights to measure: add --analytic to count, "
                 "--random-weights to measure its geometry, or name a folder or repository"
             )
@@ -464,7 +465,16 @@ def _numbers(option: str, text: str | None) -> list[int] | None:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"{option} {text!r} is not a comma-separated list of whole numbers") from None
+        raise _CommandLineError(f"{option} {text!r} is not a comma-separated list of whole numbers") from None
+
+
+def _can_be_mended(error: Exception) -> bool:
+    """Whether the user can do something about an error."""
+    if isinstance(error, (OSError, _CommandLineError)):
+        return True
+    from modeling_delta_llava.errors import UserError
+
+    return isinstance(error, UserError)
 
 
 def _one_line(error: BaseException) -> str:
@@ -496,15 +506,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader (`| head`) has gone: keep Python from failing once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (UserError, OSError, _CommandLineError) as error:
-        if settings["traceback"]:
-            raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        return EXIT_USER_ERROR
     except (KeyboardInterrupt, typer.Abort):
         if settings["traceback"]:
             raise
         status = EXIT_INTERRUPTED
+    except Exception as error:
+        if settings["traceback"] or not _can_be_mended(error):
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return EXIT_USER_ERROR
     if status == EXIT_INTERRUPTED:
         print("interrupted", file=sys.stderr)
     return status if isinstance(status, int) else 0
