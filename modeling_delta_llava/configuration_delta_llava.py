@@ -1,6 +1,7 @@
 """Configuration of Delta-LLaVA (arXiv 2512.18910): a vision tower, the Delta projector and a language model."""
 
 import math
+import operator
 from typing import Literal
 
 import transformers
@@ -88,6 +89,32 @@ def scale_factor(num_visual_tokens: int, grid_size: int) -> int:
             f"choose one of {legal_visual_tokens(grid_size)}"
         )
     return grid_size // side
+
+
+def image_budgets(num_visual_tokens, num_images: int, grid_size: int) -> int | list[int]:
+    """The visual-token budget of all images, or a list with one for each where they differ.
+
+    Args:
+        num_visual_tokens (`int`, or `list[int]`, array or tensor of shape `(num_images,)`): what was asked for.
+
+    Raises:
+        ValueError: for a budget that the patch grid does not allow, or another number of budgets than of images.
+    """
+    if isinstance(num_visual_tokens, int):
+        scale_factor(num_visual_tokens, grid_size)
+        return num_visual_tokens
+    asked = num_visual_tokens.tolist() if hasattr(num_visual_tokens, "tolist") else num_visual_tokens
+    if not isinstance(asked, (list, tuple)):
+        asked = [asked] * num_images
+    try:
+        budgets = [operator.index(budget) for budget in asked]
+    except TypeError:
+        raise ValueError(f"num_visual_tokens={num_visual_tokens} is no whole number, and no list of them") from None
+    if len(budgets) != num_images:
+        raise ValueError(f"num_visual_tokens has {len(budgets)} entries for {num_images} images: give one per image")
+    for budget in dict.fromkeys(budgets):
+        scale_factor(budget, grid_size)
+    return budgets[0] if len(set(budgets)) == 1 else budgets
 
 
 @strict
@@ -188,7 +215,6 @@ class DeltaLlavaConfig(transformers.PreTrainedConfig):
         self.text_config = self._sub_config(self.text_config, DEFAULT_TEXT_CONFIG)
         self._check_sub_configs()
         self._follow_tower()
-        self._check_projector()
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__post_init__(**kwargs)
@@ -237,7 +263,8 @@ class DeltaLlavaConfig(transformers.PreTrainedConfig):
         if self.num_visual_tokens is None:
             self.num_visual_tokens = next(count for count in self.legal_num_visual_tokens if count <= 144)
 
-    def _check_projector(self):
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation: the projector fits the tower."""
         depth, channels, head_dim = (
             self.vision_config.num_hidden_layers,
             self.projector_hidden_size,
@@ -254,7 +281,7 @@ class DeltaLlavaConfig(transformers.PreTrainedConfig):
                     f"hidden states are numbered 0 (embeddings) to {depth}, or -{depth + 1} to -1"
                 )
         for count in [self.num_visual_tokens, *(self.trained_num_visual_tokens or [])]:
-            self.scale_factor(count)
+            scale_factor(count, self.grid_size)
         if channels < 4 or channels % 4:
             raise ValueError(
                 f"projector_hidden_size={channels} is not a multiple of 4, as the 2-D position table requires"
@@ -300,6 +327,16 @@ class DeltaLlavaConfig(transformers.PreTrainedConfig):
     def scale_factor(self, num_visual_tokens: int | None = None) -> int:
         """Side `s` of the patch window of one visual token at a budget (by default the config's own)."""
         return scale_factor(self.num_visual_tokens if num_visual_tokens is None else num_visual_tokens, self.grid_size)
+
+    @property
+    def num_tower_layers(self) -> int:
+        """Layers of the tower up to the highest one that is read."""
+        return max(map(self.hidden_state_index, [self.query_feature_layer, *self.memory_feature_layers]))
+
+    def budgets(self, num_visual_tokens, num_images: int) -> int | list[int]:
+        """Checked budgets of a call's images, by default the config's own; see [`image_budgets`]."""
+        asked = self.num_visual_tokens if num_visual_tokens is None else num_visual_tokens
+        return image_budgets(asked, num_images, self.grid_size)
 
     def hidden_state_index(self, layer: int) -> int:
         """A possibly negative layer index as a position among the tower's `num_hidden_layers + 1` hidden states."""

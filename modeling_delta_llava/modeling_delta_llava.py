@@ -4,30 +4,41 @@ Vision tower -> Delta projector (`projector_delta_llava.py`) -> language model. 
 V visual tokens per image, C channels of the tower, M memory layers, D the language model's width.
 """
 
+import copy
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, PreTrainedModel
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    BaseModelOutputWithPooling,
-    CausalLMOutputWithPast,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
 
-from .card_delta_llava import HubCardMixin
-from .configuration_delta_llava import DeltaLlavaConfig
-from .fusion_delta_llava import check_fusible
-from .generation_delta_llava import CACHE_NAME, DeltaLlavaGenerationMixin, cache_argument
-from .projector_delta_llava import DeltaLlavaProjector, DeltaProjection, UniformLinear
+from .configuration_delta_llava import DeltaLlavaConfig, require_transformers
+from .projector_delta_llava import DeltaLlavaProjection, DeltaLlavaProjector, DeltaLlavaUniformLinear
 
 logger = logging.get_logger(__name__)
 
-# Towers whose layers can be run one by one, so that those above the highest layer in use are never computed.
-LAYERWISE_TOWERS = ("clip_vision_model", "siglip_vision_model")
+# transformers 5.24 renamed `past_key_values` to `cache`, in arguments and in outputs. Both names are taken here, and
+# what is passed on has the running release's.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+# Keyword arguments of `generate` with an entry per image.
+IMAGE_INPUTS = ("pixel_values", "num_visual_tokens", "mm_encoder_outputs")
+
+
+def cache_argument(past_key_values: Cache | None, cache: Cache | None) -> dict[str, Cache]:
+    """A cache that was given under either name, under the running release's; nothing where none was given.
+
+    Raises:
+        ValueError: if it was given under both.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError(f"past_key_values and cache name the same thing: give {CACHE_NAME} alone")
+    given = past_key_values if cache is None else cache
+    return {} if given is None else {CACHE_NAME: given}
 
 
 @dataclass
@@ -47,13 +58,14 @@ class DeltaLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
     image_hidden_states: torch.FloatTensor | None = None
 
 
-class DeltaLlavaPreTrainedModel(HubCardMixin, PreTrainedModel):
+class DeltaLlavaPreTrainedModel(PreTrainedModel):
     """Weight initialisation and the capabilities that transformers asks a model about."""
 
     config: DeltaLlavaConfig
     config_class = DeltaLlavaConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
+    model_tags = ["delta-llava", "multimodal", "visual-token-compression", "arxiv:2512.18910"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["DeltaLlavaProjector"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
@@ -63,41 +75,15 @@ class DeltaLlavaPreTrainedModel(HubCardMixin, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        # transformers guesses from the source; tower and language model dispatch, the projector always runs SDPA.
-        return True
-
-    def fuse_projector(self):
-        """
-        Fold the projector's weights for inference: the same results (to rounding) with fewer operations, at the price
-        of a folded copy in memory.
-
-        The plain weights stay: saving writes them, and the plain projector computes whenever gradients are enabled.
-        `train()`, a move to another device or dtype, and any change to a weight that PyTorch counts, drop the folded
-        copy. Changes through `.data` (as when an adapter is merged) are not counted, nor are changes in place once the
-        model is compiled: call `fuse_projector` again after them, and after loading.
-
-        Raises:
-            ValueError: if the projector is quantised, offloaded, spread over devices or wrapped by a PEFT adapter.
-        """
-        projector = self.base_model.multi_modal_projector
-        check_fusible(projector)  # a PEFT wrapper would hand `fuse` on to the module inside
-        projector.fuse()
-
-    def unfuse_projector(self):
-        """Undo [`fuse_projector`] and free the folded copy."""
-        self.base_model.multi_modal_projector.unfuse()
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        if isinstance(module, UniformLinear):
+        if isinstance(module, DeltaLlavaUniformLinear):
             init.uniform_(module.weight, -module.bound, module.bound)
             if module.bias is not None:
                 init.uniform_(module.bias, -module.bias_bound, module.bias_bound)
         elif isinstance(module, nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=5**0.5)
-        elif isinstance(module, DeltaProjection):
+        elif isinstance(module, DeltaLlavaProjection):
             if module.rank > 0:
                 init.xavier_uniform_(module.delta_u)
                 init.xavier_uniform_(module.delta_v)
@@ -110,16 +96,17 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
 
     def __init__(self, config: DeltaLlavaConfig):
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        # The tower is built as deep as it is read. A checkpoint may hold the layers above.
+        tower_config = copy.deepcopy(config.vision_config)
+        tower_config.num_hidden_layers = config.num_tower_layers
+        unread = range(config.num_tower_layers, config.vision_config.num_hidden_layers)
+        if unread:
+            numbers = "|".join(map(str, unread))
+            self._keys_to_ignore_on_load_unexpected = [rf"vision_tower\..*\blayers?\.({numbers})\."]
+        self.vision_tower = AutoModel.from_config(tower_config)
         self.multi_modal_projector = DeltaLlavaProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.language_model.set_input_embeddings(value)
 
     def generate(self, *args, **kwargs):
         raise TypeError(
@@ -127,83 +114,47 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             "AutoModelForImageTextToText.from_pretrained"
         )
 
-    def _run_tower(
-        self, pixel_values: torch.Tensor, indices: list[int], output_hidden_states: bool, output_attentions: bool
-    ) -> tuple[dict[int, torch.Tensor] | tuple[torch.Tensor, ...], tuple[torch.Tensor, ...] | None]:
-        """The tower's hidden states `(B, tokens, C)`, at least those at `indices`, and attentions if asked for.
+    def check_budgets(
+        self, num_visual_tokens: int | list[int] | np.ndarray | torch.Tensor | None, num_images: int
+    ) -> int | list[int]:
+        """The budget of all images, or a list with one for each; legal ones, as integers.
 
-        Unless all of them are asked for, no layer above the highest index is computed.
+        Raises:
+            ValueError: for a budget that the patch grid does not allow, or another number of them than of images.
         """
-        tower = self.vision_tower
-        # Hooks on the tower's own call (offloading, dispatch, sharding, the user's own) have to see that call.
-        hooked = any(
-            hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks
-            for module in (tower, getattr(tower, "encoder", tower))
-        )
-        layerwise = self.config.vision_config.model_type in LAYERWISE_TOWERS
-        if hooked or not layerwise or output_hidden_states or output_attentions:
-            outputs = tower(
-                pixel_values, output_hidden_states=True, output_attentions=output_attentions, return_dict=True
-            )
-            return outputs.hidden_states, outputs.attentions
-        hidden_state = tower.embeddings(pixel_values)
-        if self.config.vision_config.model_type == "clip_vision_model":
-            hidden_state = tower.pre_layrnorm(hidden_state)
-        hidden_states = {0: hidden_state}
-        for index, layer in enumerate(tower.encoder.layers[: max(indices)], start=1):
-            hidden_state = layer(hidden_state, None)
-            if index in indices:
-                hidden_states[index] = hidden_state
-        return hidden_states, None
-
-    def _patch_features(self, pixel_values: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        """Query stream `(B, N, C)`, memory stream `(B, N, M * C)`, and what `kwargs` ask for of the tower."""
-        config = self.config
-        query_index = config.hidden_state_index(config.query_feature_layer)
-        memory_indices = [config.hidden_state_index(layer) for layer in config.memory_feature_layers]
-        asked = {}
-        for name in ("output_hidden_states", "output_attentions"):
-            value = kwargs.get(name)
-            asked[name] = bool(getattr(config.vision_config, name, False) if value is None else value)
-        hidden_states, attentions = self._run_tower(pixel_values, [query_index, *memory_indices], **asked)
-        first_patch = 1 if config.vision_feature_select_strategy == "default" else 0
-        query_features = hidden_states[query_index][:, first_patch:]
-        if query_features.shape[1] != config.num_patches:
-            raise ValueError(
-                f"The vision tower gave {query_features.shape[1]} patch tokens per image, but its config describes a "
-                f"{config.grid_size} x {config.grid_size} grid of {config.num_patches}: check image_size, patch_size "
-                f"and vision_feature_select_strategy={config.vision_feature_select_strategy!r}"
-            )
-        memory_features = torch.cat([hidden_states[index][:, first_patch:] for index in memory_indices], dim=-1)
-        dtype = self.multi_modal_projector.query_projection.norm.weight.dtype
-        captured = {"attentions": attentions}
-        if asked["output_hidden_states"]:
-            captured["hidden_states"] = hidden_states
-        return query_features.to(dtype), memory_features.to(dtype), captured
-
-    def _budgets(self, num_visual_tokens: int | list[int] | torch.Tensor | None, num_images: int) -> list[int]:
-        """One checked budget per image."""
-        if num_visual_tokens is None:
-            num_visual_tokens = self.config.num_visual_tokens
-        if isinstance(num_visual_tokens, int):
-            budgets = [num_visual_tokens] * num_images
-        elif isinstance(num_visual_tokens, list) and all(isinstance(budget, int) for budget in num_visual_tokens):
-            budgets = num_visual_tokens
-        else:
-            budgets = torch.as_tensor(num_visual_tokens).flatten().tolist()
-        if len(budgets) != num_images:
-            raise ValueError(
-                f"num_visual_tokens has {len(budgets)} entries for {num_images} images: give one per image"
-            )
+        budgets = self.config.budgets(num_visual_tokens, num_images)
         trained = self.config.trained_num_visual_tokens
-        for budget in dict.fromkeys(budgets):
-            self.config.scale_factor(budget)
+        for budget in dict.fromkeys(budgets if isinstance(budgets, list) else [budgets]):
             if trained and budget not in trained and not torch.compiler.is_compiling():
                 logger.warning_once(
                     f"Running at {budget} visual tokens per image; this checkpoint was trained at {trained}. "
                     "The model computes at every legal budget, but quality is only known at trained ones."
                 )
         return budgets
+
+    def get_patch_features(
+        self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor, BaseModelOutputWithPooling]:
+        """Query stream `(B, N, C)`, memory stream `(B, N, M * C)`, and the tower's output."""
+        config = self.config
+        kwargs |= {"output_hidden_states": True, "return_dict": True}
+        outputs = self.vision_tower(pixel_values, **kwargs)
+        # Layers of a tower on several devices meet on the projector's.
+        reference = self.multi_modal_projector.query_projection.norm.weight
+        first_patch = 1 if config.vision_feature_select_strategy == "default" else 0
+
+        def patches(layer: int) -> torch.Tensor:
+            return outputs.hidden_states[config.hidden_state_index(layer)][:, first_patch:].to(reference)
+
+        query_features = patches(config.query_feature_layer)
+        if query_features.shape[1] != config.num_patches:
+            raise ValueError(
+                f"The vision tower gave {query_features.shape[1]} patch tokens per image, but its config describes a "
+                f"{config.grid_size} x {config.grid_size} grid of {config.num_patches}: check image_size, patch_size "
+                f"and vision_feature_select_strategy={config.vision_feature_select_strategy!r}"
+            )
+        memory_features = torch.cat([patches(layer) for layer in config.memory_feature_layers], dim=-1)
+        return query_features, memory_features, outputs
 
     @can_return_tuple
     def get_image_features(
@@ -213,7 +164,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """
-        Visual tokens of images, to be reused over turns and questions as `image_features`.
+        Visual tokens of images, to be reused over turns and questions as `mm_encoder_outputs={"image": output}`.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`).
@@ -222,27 +173,31 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
                 integers: what a tensor holds, and with it the number of tokens, is unknown to it.
 
         Returns:
-            `BaseModelOutputWithPooling`: `pooler_output` is a list with one `(V, D)` tensor per image,
-            `last_hidden_state` the query stream `(images, N, C)`; `hidden_states` and `attentions` are the tower's,
-            when asked for.
+            `BaseModelOutputWithPooling`: `pooler_output` holds a `(V, D)` tensor for each image, as one tensor
+            `(images, V, D)` where all have one budget and as a list otherwise; `last_hidden_state` is the query
+            stream `(images, N, C)`; `hidden_states` and `attentions` are the tower's, when asked for.
         """
-        budgets = self._budgets(num_visual_tokens, pixel_values.shape[0])
-        if not budgets:
-            return BaseModelOutputWithPooling(pooler_output=[])
-        query_features, memory_features, captured = self._patch_features(pixel_values, **kwargs)
-        # One call, whatever the budgets: sharded training gathers the projector's weights once on every rank.
-        scales = [self.config.scale_factor(budget) for budget in budgets]
-        visual_tokens = self.multi_modal_projector(query_features, memory_features, scales)
-        return BaseModelOutputWithPooling(last_hidden_state=query_features, pooler_output=visual_tokens, **captured)
+        budgets = self.check_budgets(num_visual_tokens, pixel_values.shape[0])
+        query_features, memory_features, outputs = self.get_patch_features(pixel_values, **kwargs)
+        if isinstance(budgets, int):
+            scales = self.config.scale_factor(budgets)
+        else:
+            scales = [self.config.scale_factor(budget) for budget in budgets]
+        return BaseModelOutputWithPooling(
+            last_hidden_state=query_features,
+            pooler_output=self.multi_modal_projector(query_features, memory_features, scales),
+            hidden_states=outputs.hidden_states if kwargs.get("output_hidden_states") else None,
+            attentions=outputs.attentions,
+        )
 
     def get_placeholder_mask(
         self,
         input_ids: torch.LongTensor | None,
         inputs_embeds: torch.FloatTensor,
-        image_features: list[torch.Tensor] | None = None,
+        image_features: torch.FloatTensor | None = None,
     ) -> torch.BoolTensor:
         """
-        Where image tokens stand, `(batch, sequence)`; checked against `image_features`, one `(V, D)` tensor per image.
+        Where image tokens stand, `(batch, sequence)`; checked against `image_features` `(sum of V, D)`.
 
         Raises:
             ValueError: if the number of image tokens is not the number of visual tokens.
@@ -252,37 +207,17 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         else:
             image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
-        if image_features is None:
-            return mask
-        counts = [len(tokens) for tokens in image_features]
-        if torch.compiler.is_compiling():
-            torch._assert_async(mask.sum() == sum(counts), "Image tokens and image features do not match")
-        elif (num_image_tokens := int(mask.sum())) != sum(counts):
-            raise ValueError(
-                f"Image tokens and image features do not match: the prompt holds {num_image_tokens} image tokens, "
-                f"but {len(counts)} image(s) gave {sum(counts)} visual tokens (budget "
-                f"{', '.join(map(str, dict.fromkeys(counts)))}; the config's is {self.config.num_visual_tokens}). "
-                "Give processor and model the same num_visual_tokens, one image for every placeholder, and do not "
-                "truncate prompts inside an image"
+        if image_features is not None:
+            num_features = image_features.shape[0]
+            torch_compilable_check(
+                mask.sum() == num_features,
+                lambda: (
+                    f"Image tokens and image features do not match: the prompt holds {int(mask.sum())} image tokens, "
+                    f"but the images gave {num_features} visual tokens. Give processor and model the same "
+                    "num_visual_tokens, one image for every placeholder, and do not truncate prompts inside an image"
+                ),
             )
         return mask
-
-    def _check_images_stand_together(self, mask: torch.BoolTensor, counts: list[int]):
-        """Raises `ValueError` when right numbers hide a wrong order: an image's tokens have to be neighbours.
-
-        `counts` are the visual tokens of each image, `mask` says where image tokens stand.
-        """
-        positions = mask.nonzero()  # [sum of V, (row, column)]
-        lengths = torch.tensor(counts, dtype=torch.long, device=mask.device)
-        ends = lengths.cumsum(0)
-        first, last = positions[ends - lengths], positions[ends - 1]
-        torn = (last[:, 0] != first[:, 0]) | (last[:, 1] - first[:, 1] != lengths - 1)
-        if torn.any():
-            image = int(torn.nonzero()[0])
-            raise ValueError(
-                f"The {counts[image]} visual tokens of image {image} would be torn apart in the prompt: give images "
-                f"and num_visual_tokens {counts} in the order of the prompt"
-            )
 
     @can_return_tuple
     def forward(
@@ -294,7 +229,6 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         num_visual_tokens: int | list[int] | torch.LongTensor | None = None,
-        image_features: list[torch.Tensor] | BaseModelOutputWithPooling | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -306,9 +240,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
                 the order of their placeholders.
             num_visual_tokens (`int`, `list[int]` or `torch.LongTensor` of shape `(images,)`): budgets, as given to the
                 processor.
-            image_features (`list[torch.Tensor]` or the output of `get_image_features`): visual tokens computed before,
-                instead of `pixel_values`.
-            mm_encoder_outputs (`dict`): the same, as `generate` passes it (`{"image": output}`).
+            mm_encoder_outputs (`dict`): `{"image": output of get_image_features}`, instead of `pixel_values`.
             past_key_values, cache (`Cache`): keys and values of the sequence so far, under either name.
 
         Raises:
@@ -319,25 +251,19 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        # `generate` hands over encoded images, possibly in parts of a prompt; what a caller gives comes whole.
-        features, visual_tokens, whole = (mm_encoder_outputs or {}).get("image"), None, False
-        if sum(source is not None for source in (pixel_values, image_features, features)) > 1:
-            raise ValueError("Give images once: as pixel_values, image_features or mm_encoder_outputs")
+        images = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
-            features, whole = self.get_image_features(pixel_values, num_visual_tokens, return_dict=True), True
-        elif image_features is not None:
-            features, whole = image_features, True
-
-        if features is not None:
-            features = list(getattr(features, "pooler_output", features))
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds, features)
-            if whole and features and not torch.compiler.is_compiling():
-                self._check_images_stand_together(mask, [len(tokens) for tokens in features])
-        if features:
-            visual_tokens = torch.cat([tokens.to(inputs_embeds) for tokens in features])  # [sum of V, D]
+            if images is not None:
+                raise ValueError("Give images once: as pixel_values or as mm_encoder_outputs")
+            images = self.get_image_features(pixel_values, num_visual_tokens, return_dict=True)
+        visual_tokens = None
+        if images is not None:
+            visual_tokens = torch.cat([tokens.to(inputs_embeds) for tokens in images.pooler_output])  # [sum of V, D]
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, visual_tokens)
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), visual_tokens)
-        elif self.training and past_key_values is None and cache is None:
-            inputs_embeds = inputs_embeds + self._touch_projector(inputs_embeds)
+        elif input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
+            # More than one token is a prompt: its images must have come with it.
+            self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds[0, :0])
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -354,49 +280,23 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
-    def _touch_projector(self, inputs_embeds: torch.Tensor) -> torch.Tensor | float:
-        """Zeros `(B, S, D)` that depend on every projector weight: a text-only batch gives all of them a gradient.
 
-        Distributed training waits for the gradient of every trained parameter on every rank, and for every rank to ask
-        for its share of a sharded one, trained or not.
-        """
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        trained = any(parameter.requires_grad for parameter in self.multi_modal_projector.parameters())
-        if not distributed and not trained:
-            return 0.0
-        vision = self.config.vision_config
-        blank = inputs_embeds.new_zeros(1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
-        visual_tokens = self.get_image_features(blank, return_dict=True).pooler_output[0]
-        # Zeroed before the gradient is summed over all positions: that sum may overflow in fp16.
-        return 0.0 * visual_tokens[0].to(inputs_embeds).expand_as(inputs_embeds)
-
-
-class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, DeltaLlavaGenerationMixin):
+class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMixin):
     """Delta-LLaVA with a language-model head: image-text-to-text generation and training."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: DeltaLlavaConfig):
         super().__init__(config)
         self.model = DeltaLlavaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        embeddings = self.model.get_input_embeddings()
-        name = next(name for name, module in self.model.named_modules() if module is embeddings)
-        self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
+        embeddings = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module):
-        self.lm_head = new_embeddings
 
     def get_image_features(
         self,
@@ -406,18 +306,6 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, DeltaLlavaGe
     ) -> tuple | BaseModelOutputWithPooling:
         """Visual tokens of images; see [`DeltaLlavaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, num_visual_tokens, **kwargs)
-
-    def _head(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits, with the scaling that some language models (Gemma 2, Granite, Cohere) put behind their head."""
-        text_config = self.config.text_config
-        logits = self.lm_head(hidden_states)
-        if (softcap := getattr(text_config, "final_logit_softcapping", None)) is not None:
-            logits = torch.tanh(logits / softcap) * softcap
-        if (divisor := getattr(text_config, "logits_scaling", None)) is not None:
-            logits = logits / divisor
-        if (factor := getattr(text_config, "logit_scale", None)) is not None:
-            logits = logits * factor
-        return logits
 
     @can_return_tuple
     def forward(
@@ -431,7 +319,6 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, DeltaLlavaGe
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_visual_tokens: int | list[int] | torch.LongTensor | None = None,
-        image_features: list[torch.Tensor] | BaseModelOutputWithPooling | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         cache: Cache | None = None,
@@ -448,7 +335,6 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, DeltaLlavaGe
         Example:
 
         ```python
-        >>> from PIL import Image
         >>> from transformers import AutoModelForImageTextToText, AutoProcessor
 
         >>> model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
@@ -473,19 +359,24 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, DeltaLlavaGe
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             num_visual_tokens=num_visual_tokens,
-            image_features=image_features,
             mm_encoder_outputs=mm_encoder_outputs,
             cache=cache,
             **{**kwargs, "return_dict": True},
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self._head(outputs.last_hidden_state[:, kept])
+        text_config = self.config.text_config
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        # What some language models (Gemma 2, Granite, Cohere) do behind their head.
+        if (softcap := getattr(text_config, "final_logit_softcapping", None)) is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        if (divisor := getattr(text_config, "logits_scaling", None)) is not None:
+            logits = logits / divisor
+        if (factor := getattr(text_config, "logit_scale", None)) is not None:
+            logits = logits * factor
 
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
         return DeltaLlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -494,6 +385,126 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, DeltaLlavaGe
             image_hidden_states=outputs.image_hidden_states,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
+
+    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
+        """As `GenerationMixin.generate`, with images as `pixel_values` (and `num_visual_tokens`), or encoded before as
+        `mm_encoder_outputs={"image": features}`.
+
+        Raises:
+            ValueError: if the prompt fills the language model's context, images do not match the prompt, or this
+                release of transformers would lose them.
+        """
+        prompt = next(
+            (kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), inputs
+        )
+        self._check_context(prompt)
+        kwargs |= cache_argument(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        # A text-only call may say so with None.
+        kwargs = {name: value for name, value in kwargs.items() if name not in IMAGE_INPUTS or value is not None}
+        if (features := kwargs.get("mm_encoder_outputs", {}).get("image")) is not None:
+            # A copy: for beams, transformers repeats the features in the output it is given.
+            kwargs["mm_encoder_outputs"] = {"image": copy.copy(features)}
+        if isinstance(kwargs.get("num_visual_tokens"), (list, np.ndarray)):
+            kwargs["num_visual_tokens"] = torch.as_tensor(kwargs["num_visual_tokens"])
+
+        tokens_per_image = self._tokens_per_image(kwargs)
+        if tokens_per_image and prompt is not None:
+            settings = (args[0] if args else kwargs.get("generation_config")) or self.generation_config
+
+            def setting(name: str):
+                return kwargs.get(name, getattr(settings, name, None))
+
+            mask = self._image_token_mask(prompt)
+            # A continued turn may bring the new images alone.
+            if CACHE_NAME not in kwargs or mask.sum() == sum(tokens_per_image):
+                rows = self._images_of_rows(mask.sum(-1).tolist(), tokens_per_image)
+                expanded = max(setting("num_beams") or 1, setting("num_return_sequences") or 1) > 1
+                if expanded and ("mm_encoder_outputs" in kwargs or any(len(row) != 1 for row in rows)):
+                    require_transformers("5.19", "Several sequences from a prompt without exactly one image")
+            if setting("prefill_chunk_size"):
+                require_transformers("5.23", "prefill_chunk_size with images")
+        return super().generate(inputs, *args, **kwargs)
+
+    def _check_context(self, prompt: torch.Tensor | None):
+        context = getattr(self.config.text_config, "max_position_embeddings", None)
+        rope = getattr(self.config.text_config, "rope_parameters", None) or {}
+        scaled = rope.get("rope_type", "default") != "default"  # reaches further than the trained positions
+        if prompt is not None and context is not None and not scaled and prompt.shape[1] >= context:
+            raise ValueError(
+                f"The prompt has {prompt.shape[1]} tokens, visual tokens included, but the language model's context "
+                f"is {context}: shorten it, or give images a smaller num_visual_tokens"
+            )
+
+    def _image_token_mask(self, prompt: torch.Tensor) -> torch.BoolTensor:
+        """Where image tokens stand `(batch, sequence)` in a prompt of ids or embeddings."""
+        if prompt.is_floating_point():
+            return self.model.get_placeholder_mask(None, prompt)
+        return prompt == self.config.image_token_id
+
+    def _tokens_per_image(self, model_kwargs: dict) -> list[int]:
+        """Visual tokens of each image given to `generate`, in whichever form it came."""
+        if (features := (model_kwargs.get("mm_encoder_outputs") or {}).get("image")) is not None:
+            return [len(tokens) for tokens in features.pooler_output]
+        if model_kwargs.get("pixel_values") is None:
+            return []
+        num_images = len(model_kwargs["pixel_values"])
+        budgets = self.model.check_budgets(model_kwargs.get("num_visual_tokens"), num_images)
+        return budgets if isinstance(budgets, list) else [budgets] * num_images
+
+    @staticmethod
+    def _images_of_rows(placeholders: list[int], tokens_per_image: list[int]) -> list[list[int]]:
+        """Which images each row of a batch holds, from the rows' numbers of image tokens.
+
+        Raises:
+            ValueError: if an image would straddle two rows, or images and image tokens do not add up.
+        """
+        image_ends, row_ends = list(accumulate(tokens_per_image, initial=0)), list(accumulate(placeholders))
+        if image_ends[-1] != row_ends[-1] or not set(row_ends) <= set(image_ends):
+            raise ValueError(
+                f"Image tokens and image features do not match: images of {tokens_per_image} visual tokens do not "
+                f"fill the {placeholders} image tokens of the prompts row by row; give every placeholder its image"
+            )
+        return [list(range(start, end)) for start, end in pairwise([0, *(image_ends.index(end) for end in row_ends)])]
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs,
+    ):
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            kwargs = {name: value for name, value in kwargs.items() if name not in IMAGE_INPUTS}
+        elif next_sequence_length is not None and next_sequence_length < input_ids.shape[1]:
+            self._drop_cached_images(input_ids, next_sequence_length, kwargs)
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    def _drop_cached_images(self, input_ids: torch.LongTensor, next_sequence_length: int, kwargs: dict):
+        """Takes out of `kwargs` the images of a continued conversation that are in the cache already.
+
+        A second turn may come with all images of the conversation, or with the new ones only.
+        """
+        mask, tokens_per_image = self._image_token_mask(input_ids), self._tokens_per_image(kwargs)
+        if not tokens_per_image or sum(tokens_per_image) != mask.sum():
+            return
+        placeholders, cached = mask.sum(-1).tolist(), mask[:, :-next_sequence_length].sum(-1).tolist()
+        new = []
+        for row, cached_tokens in zip(self._images_of_rows(placeholders, tokens_per_image), cached, strict=True):
+            ends = accumulate(tokens_per_image[image] for image in row)
+            new += [image for image, end in zip(row, ends, strict=True) if end > cached_tokens]
+        if features := (kwargs.get("mm_encoder_outputs") or {}).get("image"):
+            kept = BaseModelOutputWithPooling(pooler_output=[features.pooler_output[image] for image in new])
+            kwargs["mm_encoder_outputs"] = {"image": kept} if new else {}
+        for name in ("pixel_values", "num_visual_tokens"):
+            if isinstance(value := kwargs.get(name), torch.Tensor):
+                kwargs[name] = value[new] if new else None
 
 
 DeltaLlavaModel.register_for_auto_class("AutoModel")

@@ -6,7 +6,6 @@ from transformers.image_utils import ImageInput, is_valid_image, make_flat_list_
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils import logging
 
-from .card_delta_llava import HubCardMixin
 from .configuration_delta_llava import require_transformers, scale_factor
 
 logger = logging.get_logger(__name__)
@@ -82,7 +81,7 @@ def checked_image(image: ImageInput, position: int, padded: bool) -> ImageInput:
     return image
 
 
-class DeltaLlavaProcessor(HubCardMixin, ProcessorMixin):
+class DeltaLlavaProcessor(ProcessorMixin):
     r"""
     Turns text with image placeholders, and images, into model inputs.
 

@@ -2,7 +2,7 @@
 
 It computes what the authors' released training code computes; where the paper's equations differ from that code, the
 code decides. Symbols: B images, N = H x W patches, s the side of a window of patches, V = g x g visual tokens with
-g = H / s, C projector channels (C1 of EMHSA, C2 of MHCA), M memory layers, r the rank of a DeltaProjection, D the
+g = H / s, C projector channels (A of EMHSA, L of MHCA), M memory layers, r the rank of a DeltaProjection, D the
 language model's width.
 """
 
@@ -11,11 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_delta_llava import DeltaLlavaConfig
-from .fusion_delta_llava import FusedDeltaProjector, weight_versions
-from .linear_delta_llava import quick_linears_on_cpu
 
 
-class UniformLinear(nn.Linear):
+class DeltaLlavaUniformLinear(nn.Linear):
     """A Linear whose weights start uniform in +-`bound`, its biases in +-`bias_bound`.
 
     It stands for the parts of the released projector that keep PyTorch's own initialisation: 1x1 convolutions and the
@@ -28,10 +26,10 @@ class UniformLinear(nn.Linear):
         self.bias_bound = bias_bound
 
 
-def pointwise_convolution(in_channels: int, out_channels: int, bias: bool = False) -> UniformLinear:
+def pointwise_convolution(in_channels: int, out_channels: int, bias: bool = False) -> DeltaLlavaUniformLinear:
     """A 1x1 convolution over channels-last tokens, with the default initialisation of `nn.Conv2d`."""
     bound = in_channels**-0.5
-    return UniformLinear(in_channels, out_channels, bias, bound, bias_bound=bound)
+    return DeltaLlavaUniformLinear(in_channels, out_channels, bias, bound, bias_bound=bound)
 
 
 def position_table(grid_size: int, source_grid_size: int, channels: int, device: torch.device) -> torch.Tensor:
@@ -51,8 +49,8 @@ def position_table(grid_size: int, source_grid_size: int, channels: int, device:
     return torch.cat([columns, rows], dim=-1).flatten(0, 1)  # [g * g, C]
 
 
-class DeltaProjection(nn.Module):
-    """`LayerNorm(GELU(W x + (U V)^T x))`: a base weight with a low-rank update (Section 4.2, Eq. 4)."""
+class DeltaLlavaProjection(nn.Module):
+    """DeltaProjection: `LayerNorm(GELU(W x + (U V)^T x))`, a base weight with a low-rank update (Section 4.2)."""
 
     def __init__(self, in_features: int, out_features: int, rank: int):
         super().__init__()
@@ -70,7 +68,7 @@ class DeltaProjection(nn.Module):
         return self.norm(F.gelu(projected))
 
 
-class DropPath(nn.Module):
+class DeltaLlavaDropPath(nn.Module):
     """Stochastic depth: in training, a sample's residual branch is dropped with `rate` and scaled up otherwise."""
 
     def __init__(self, rate: float):
@@ -84,7 +82,7 @@ class DropPath(nn.Module):
         return branch * keep.to(branch.dtype) / (1.0 - self.rate)
 
 
-class EfficientSelfAttention(nn.Module):
+class DeltaLlavaSelfAttention(nn.Module):
     """EMHSA: pre-normalised self-attention whose keys and values may be average-pooled (Section 4.1, Eq. 2)."""
 
     def __init__(self, channels: int, head_dim: int, spatial_reduction: int):
@@ -98,18 +96,18 @@ class EfficientSelfAttention(nn.Module):
         self.out_proj = nn.Linear(channels, channels)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        queries = memory = self.norm(hidden_states)  # [B, V, C1]
+        queries = memory = self.norm(hidden_states)  # [B, V, A]
         if 1 < self.window <= memory.shape[1]:
-            memory = F.avg_pool1d(memory.transpose(1, 2), self.window).transpose(1, 2).contiguous()  # [B, V / r^2, C1]
+            memory = F.avg_pool1d(memory.transpose(1, 2), self.window).transpose(1, 2).contiguous()  # [B, V / r^2, A]
         heads = (
             projection(tokens).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, V, head_dim]
             for projection, tokens in ((self.q_proj, queries), (self.k_proj, memory), (self.v_proj, memory))
         )
         attended = F.scaled_dot_product_attention(*heads)
-        return self.out_proj(attended.transpose(1, 2).flatten(2))  # [B, V, C1]
+        return self.out_proj(attended.transpose(1, 2).flatten(2))  # [B, V, A]
 
 
-class ConvolutionalMixer(nn.Module):
+class DeltaLlavaMixer(nn.Module):
     """MHCA: grouped 3x3 convolution, LayerNorm over channels, ReLU and a channel mix (Section 4.1)."""
 
     def __init__(self, channels: int, head_dim: int):
@@ -119,12 +117,12 @@ class ConvolutionalMixer(nn.Module):
         self.out_proj = pointwise_convolution(channels, channels)
 
     def forward(self, hidden_states: torch.Tensor, grid_size: int) -> torch.Tensor:
-        grid = hidden_states.transpose(1, 2).unflatten(2, (grid_size, grid_size))  # [B, C2, g, g]
-        mixed = self.conv(grid).flatten(2).transpose(1, 2)  # [B, V, C2]
+        grid = hidden_states.transpose(1, 2).unflatten(2, (grid_size, grid_size))  # [B, L, g, g]
+        mixed = self.conv(grid).flatten(2).transpose(1, 2)  # [B, V, L]
         return self.out_proj(F.relu(self.norm(mixed)))
 
 
-class DeltaLlavaBlockMLP(nn.Module):
+class DeltaLlavaMLP(nn.Module):
     """Two pointwise convolutions with a ReLU between them."""
 
     def __init__(self, channels: int, hidden_channels: int):
@@ -148,36 +146,36 @@ class DeltaLlavaTransformerBlock(nn.Module):
         self.input_proj = pointwise_convolution(config.vision_config.hidden_size, attention_channels)
         if self.use_emhsa:
             self.attention_norm = nn.LayerNorm(attention_channels)
-            self.attention = EfficientSelfAttention(
+            self.attention = DeltaLlavaSelfAttention(
                 attention_channels, config.block_head_dim, config.spatial_reduction
             )
-            self.attention_drop_path = DropPath(rate * config.mix_ratio)
+            self.attention_drop_path = DeltaLlavaDropPath(rate * config.mix_ratio)
         self.local_proj = pointwise_convolution(attention_channels, local_channels)
-        self.local_mixer = ConvolutionalMixer(local_channels, config.block_head_dim)
-        self.local_drop_path = DropPath(rate * (1 - config.mix_ratio))
-        self.mlp = DeltaLlavaBlockMLP(channels, config.block_mlp_ratio * channels)
-        self.mlp_drop_path = DropPath(rate)
+        self.local_mixer = DeltaLlavaMixer(local_channels, config.block_head_dim)
+        self.local_drop_path = DeltaLlavaDropPath(rate * (1 - config.mix_ratio))
+        self.mlp = DeltaLlavaMLP(channels, config.block_mlp_ratio * channels)
+        self.mlp_drop_path = DeltaLlavaDropPath(rate)
 
     def forward(self, hidden_states: torch.Tensor, grid_size: int) -> torch.Tensor:
-        attended = self.input_proj(hidden_states)  # [B, V, C1]
+        attended = self.input_proj(hidden_states)  # [B, V, A]
         if self.use_emhsa:
             attended = attended + self.attention_drop_path(self.attention(self.attention_norm(attended)))
-        local = self.local_proj(attended)  # [B, V, C2]
+        local = self.local_proj(attended)  # [B, V, L]
         local = local + self.local_drop_path(self.local_mixer(local, grid_size))
         mixed = torch.cat([attended, local], dim=-1)  # [B, V, C]
         return mixed + self.mlp_drop_path(self.mlp(mixed))
 
 
-class WindowedCrossAttention(nn.Module):
+class DeltaLlavaCrossAttention(nn.Module):
     """Each query token attends to exactly the s x s patches of its own cell (Eq. 9-10)."""
 
     def __init__(self, channels: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
         packed_bound = (6 / (4 * channels)) ** 0.5  # Xavier bound of the (3C, C) matrix that the released code packs
-        self.q_proj = UniformLinear(channels, channels, bias=True, bound=packed_bound)
-        self.k_proj = UniformLinear(channels, channels, bias=True, bound=packed_bound)
-        self.v_proj = UniformLinear(channels, channels, bias=True, bound=packed_bound)
+        self.q_proj = DeltaLlavaUniformLinear(channels, channels, bias=True, bound=packed_bound)
+        self.k_proj = DeltaLlavaUniformLinear(channels, channels, bias=True, bound=packed_bound)
+        self.v_proj = DeltaLlavaUniformLinear(channels, channels, bias=True, bound=packed_bound)
         self.out_proj = nn.Linear(channels, channels)
 
     def windows(self, tokens: torch.Tensor, grid_size: int, scale: int) -> torch.Tensor:
@@ -187,23 +185,12 @@ class WindowedCrossAttention(nn.Module):
         tokens = tokens.permute(0, 1, 3, 5, 2, 4, 6)  # [B, g, g, heads, s, s, C / heads]
         return tokens.reshape(batch_size * grid_size**2, self.num_heads, scale**2, -1)
 
-    def forward(
-        self, queries: torch.Tensor | None, keys: torch.Tensor | None, values: torch.Tensor, scale: int
-    ) -> torch.Tensor:
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: int) -> torch.Tensor:
         """
         Args:
-            queries, keys, values: query tokens `(B, V, C)`, and patch tokens `(B, N, C)`. On the full grid queries and
-                keys are one token each, or `None`: a window is one patch there, its softmax is 1, and they can change
-                no result. Given, their weights get gradients, zeros.
+            queries, keys, values: query tokens `(B, V, C)`, and patch tokens `(B, N, C)`.
             scale: side s of a window.
         """
-        if scale == 1:
-            token = None if queries is None else self.q_proj(queries) + self.k_proj(keys)
-            attended = self.v_proj(values)
-            if token is not None:
-                # Zeroed before its gradient is summed over all tokens: that sum may overflow in fp16.
-                attended = attended + 0.0 * token.expand_as(attended)
-            return self.out_proj(attended)
         batch_size, num_visual_tokens, channels = queries.shape
         grid_size = round(num_visual_tokens**0.5)
         attended = F.scaled_dot_product_attention(
@@ -233,39 +220,12 @@ class DeltaLlavaProjector(nn.Module):
         else:
             self.query_block = None
         self.query_channels = vision_channels
-        self.query_projection = DeltaProjection(vision_channels, channels, config.delta_rank)
-        self.key_projection = DeltaProjection(memory_channels, channels, config.delta_rank)
-        self.value_projection = DeltaProjection(memory_channels, channels, config.delta_rank)
-        self.cross_attention = WindowedCrossAttention(channels, config.projector_num_attention_heads)
+        self.query_projection = DeltaLlavaProjection(vision_channels, channels, config.delta_rank)
+        self.key_projection = DeltaLlavaProjection(memory_channels, channels, config.delta_rank)
+        self.value_projection = DeltaLlavaProjection(memory_channels, channels, config.delta_rank)
+        self.cross_attention = DeltaLlavaCrossAttention(channels, config.projector_num_attention_heads)
         self.linear_1 = nn.Linear(channels, text_channels)
         self.linear_2 = nn.Linear(text_channels, text_channels)
-        self.fused = None
-
-    def fuse(self):
-        """Fold copies of the weights for inference; see [`FusedDeltaProjector`] for what is folded and refused."""
-        self.fused = FusedDeltaProjector(self)
-
-    def unfuse(self):
-        """Drop the folded copies."""
-        self.fused = None
-
-    def train(self, mode: bool = True):
-        if mode:
-            self.unfuse()
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        self.unfuse()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _fused_is_current(self) -> bool:
-        """Whether folded weights can stand for the plain ones: no gradient is wanted and no weight has changed."""
-        if self.fused is None or torch.is_grad_enabled():
-            return False
-        if torch.compiler.is_compiling() or self.fused.versions == weight_versions(self):
-            return True
-        self.unfuse()
-        return False
 
     def positions(self, grid_size: int, device: torch.device) -> torch.Tensor:
         """Position table `(V, C)` of the queries in fp32."""
@@ -298,37 +258,19 @@ class DeltaLlavaProjector(nn.Module):
             `torch.Tensor` of shape `(B, (H / s)**2, D)`: visual tokens in row-major order; for a list of scales a
             list of one `((H / s)**2, D)` tensor per image.
         """
-        if isinstance(scale, int):
-            return self._project(query_features, memory_features, scale)
-        visual_tokens = [None] * len(scale)
-        for each in dict.fromkeys(scale):
-            images = [image for image, other in enumerate(scale) if other == each]
-            streams = (query_features, memory_features)
-            if len(images) < len(scale):
-                streams = (stream[images] for stream in streams)
-            for image, tokens in zip(images, self._project(*streams, each), strict=True):
-                visual_tokens[image] = tokens
-        return visual_tokens
-
-    def _project(self, query_features: torch.Tensor, memory_features: torch.Tensor, scale: int) -> torch.Tensor:
-        if self._fused_is_current():
-            visual_tokens = self.fused(query_features, memory_features, scale, self.linear_2)
-        else:
-            with quick_linears_on_cpu(memory_features):
-                visual_tokens = self._project_plainly(query_features, memory_features, scale)
-        return visual_tokens if self.visual_token_scale == 1 else visual_tokens * self.visual_token_scale
-
-    def _project_plainly(
-        self, query_features: torch.Tensor, memory_features: torch.Tensor, scale: int
-    ) -> torch.Tensor:
+        if isinstance(scale, list):
+            visual_tokens = [None] * len(scale)
+            for each in dict.fromkeys(scale):
+                images = [image for image, other in enumerate(scale) if other == each]
+                tokens_of_images = self(query_features[images], memory_features[images], each)
+                for image, tokens in zip(images, tokens_of_images, strict=True):
+                    visual_tokens[image] = tokens
+            return visual_tokens
         values = self.value_projection(memory_features)
-        queries = keys = None
-        if scale > 1:
+        if scale == 1 and not self.training:
+            # A window of one patch is its value, whatever the query. Training runs the queries for their gradients.
+            attended = self.cross_attention.out_proj(self.cross_attention.v_proj(values))
+        else:
             queries = self.queries(query_features, self.source_grid_size // scale)
-            keys = self.key_projection(memory_features)
-        elif self.training:
-            # Optimizers and several processes wait for every weight, in this order at every budget. One token, as
-            # none would be an empty batch, which attention on GPUs refuses.
-            queries, keys = self.queries(query_features[:1], 1), self.key_projection(memory_features[:1, :1])
-        attended = self.cross_attention(queries, keys, values, scale)
-        return self.linear_2(F.gelu(self.linear_1(attended)))
+            attended = self.cross_attention(queries, self.key_projection(memory_features), values, scale)
+        return self.linear_2(F.gelu(self.linear_1(attended))) * self.visual_token_scale
