@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modeling_delta_llava.errors import UserError
+from modeling_delta_llava.folders import RESULTS_FOLDER
 from modeling_delta_llava.hub_cards.variants import benchmarks
-
-RESULTS_FOLDER = "eval"
 
 
 @dataclass(frozen=True)
