@@ -15,7 +15,7 @@ from modeling_delta_llava.conversion.plan import Options, Plan, make_plan
 from modeling_delta_llava.conversion.streams import OutputTensor, Span, TensorStream
 from modeling_delta_llava.conversion.tensors import FLOATING, format_bytes, item_size
 from modeling_delta_llava.errors import UserError
-from modeling_delta_llava.folders import check_code, code_files, refuse_foreign_code
+from modeling_delta_llava.folders import check_code, code_files, holds_model, refuse_foreign_code
 from modeling_delta_llava.json_files import read_json
 
 REQUIRED_FILES = ("config.json", "generation_config.json", "processor_config.json", "tokenizer_config.json")
@@ -56,6 +56,8 @@ def verify(
         UserError: `folder` is no folder or brings code that is not this package's, or the source cannot be read.
     """
     folder = require_folder(Path(folder), "FOLDER")
+    if holds_model(folder):
+        refuse_foreign_code(folder)
     checks: list[Check] = []
 
     def run(name: str, check: Callable[[], str]) -> bool:
@@ -70,7 +72,6 @@ def verify(
         known = run("config", lambda: _check_config(folder))
         if not known:
             return checks
-        refuse_foreign_code(folder)
         config, projector = read_hub_config(folder)
         if projector == forms.DELTA:
             run("code", lambda: _check_code(folder))

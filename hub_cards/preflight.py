@@ -76,6 +76,8 @@ def check_structure(folder: Path) -> dict:
             code = folder / f"{str(reference).split('--')[-1].split('.')[0]}.py"
             if reference and not code.is_file():
                 problems.append(f"{code.name} is missing")
+    if (folder / "adapter_config.json").is_file():
+        problems.append("adapter_config.json has transformers load the model that it names instead")
     if not list(folder.glob("*.safetensors")):
         problems.append("there are no safetensors weights")
     _refuse(folder, list(dict.fromkeys(problems)), "publish the folder that `delta-llava convert` wrote")
