@@ -313,8 +313,8 @@ class DeltaLlavaTrainer(Trainer):
                 use_mtime=True,
             )
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        super().init_hf_repo(token=token or self.hub_token, private=private)
+    def init_hf_repo(self, token: str | None = None, **kwargs) -> None:
+        super().init_hf_repo(token=token or self.hub_token, **kwargs)
 
     def push_to_hub(self, *args, token: str | None = None, **kwargs):
         return super().push_to_hub(*args, token=token or self.hub_token, **kwargs)
