@@ -57,7 +57,7 @@ def refuse_foreign_code(folder: Path) -> None:
         UserError: one line with the files and the keys.
     """
     found = []
-    for path in sorted(folder.rglob("*.json")):
+    for path in _json_files(folder):
         keys = [key for _, key in _code_entries(_read(path))]
         if path.relative_to(folder).parts[0] == RESULTS_FOLDER:
             keys = [key for key in keys if key != "trust_remote_code"]
@@ -82,17 +82,21 @@ def strip_foreign_code(folder: Path) -> list[str]:
         What was taken out, as "KEY in FILE".
     """
     stripped = []
-    for path in sorted(folder.rglob("*.json")):
+    for path in _json_files(folder):
         value = _read(path)
         entries = list(_code_entries(value))
         for owner, key in entries:
-            own = _own_entries(owner.pop(key))
-            if own:
+            named = owner.pop(key)
+            if key == "auto_map" and (own := _own_entries(named)):
                 owner[key] = own
         if entries:
             path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             stripped.append(f"{', '.join(dict.fromkeys(key for _, key in entries))} in {path.relative_to(folder)}")
     return stripped
+
+
+def _json_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.json") if path.is_file())
 
 
 def _read(path: Path) -> Any:

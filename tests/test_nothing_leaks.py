@@ -191,3 +191,17 @@ def test_publish_looks_for_the_token_in_use(hub_folder, tmp_path, monkeypatch):
     assert secret_in(tmp_path / "model.safetensors") is None
     monkeypatch.setenv("HF_TOKEN", "a-companys-own-token")
     assert secret_in(tmp_path / "model.safetensors") == "the Hub token in use in line 1"
+
+
+def test_no_secret_gets_into_a_card_or_a_commit_message(hub_folder, tmp_path, capsys):
+    """lmms-eval records the arguments of the model, its token among them."""
+    folder = shutil.copytree(hub_folder, tmp_path / "model")
+    results = tmp_path / "a_results.json"
+    results.write_text(json.dumps({"results": {}, "config": {"model_args": f"token={TOKEN}"}}))
+    assert main(["card", str(folder), "--results", str(results)]) == 2
+    assert f"error: {results} holds a Hugging Face token in line 1" in capsys.readouterr().err
+    assert files_with(TOKEN, folder) == []
+    assert main(["publish", str(folder), "user/tiny", "--message", f"with {TOKEN}"]) == 2
+    printed = capsys.readouterr().err
+    assert "error: --message or --collection holds a token" in printed
+    assert TOKEN not in printed

@@ -216,10 +216,10 @@ def prepare(arguments: RunArguments) -> tuple[DeltaLlavaTrainer, Path | None]:
 
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
+        if training.process_index == 0 and not (output_dir / SETTINGS_FILE).is_file():
+            write_settings(output_dir, arguments.settings)  # from now on the folder is a run's, also after a kill
     except OSError as error:
         raise UserError(f"output_dir: {output_dir} cannot be made ({error}); give another folder") from None
-    if training.process_index == 0 and not (output_dir / SETTINGS_FILE).is_file():
-        write_settings(output_dir, arguments.settings)  # from now on the folder is a run's, also after a kill
     folder = model_folder(arguments)
     model = load_model(folder, model_arguments, training)
     set_trained(model, model_arguments)
