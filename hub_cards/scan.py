@@ -72,7 +72,7 @@ def secret_in(file: Path) -> str | None:
     else:
         content = file.read_bytes()
     used = [("the Hub token in use", re.compile(re.escape(token.encode()))) for token in tokens_in_use()]
-    for kind, pattern in (*used, *SECRET_PATTERNS.items()):
+    for kind, pattern in (*SECRET_PATTERNS.items(), *used):
         match = pattern.search(content)
         if match:
             line = content.count(b"\n", 0, match.start()) + 1
