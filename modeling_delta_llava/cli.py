@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from .errors import UserError
+from .redaction import scrub
 
 # The sections of `delta-llava --help`. A command names its own, `@app.command(rich_help_panel=USE)`, and stands below
 # among the others of that section: the help shows sections and commands in the order of this file.
@@ -478,7 +479,7 @@ def _one_line(error: BaseException) -> str:
         message = f"{error.strerror}: {os.fspath(error.filename)}"
     else:
         message = str(error) or type(error).__name__
-    return " ".join(message.split())
+    return scrub(" ".join(message.split()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
