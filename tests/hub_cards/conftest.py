@@ -38,19 +38,9 @@ def as_client(hub, tmp_path, capfd) -> Callable[..., subprocess.CompletedProcess
 
 
 @pytest.fixture
-def publish(as_client) -> Callable[..., subprocess.CompletedProcess]:
-    """Runs `delta-llava publish ARGUMENTS`."""
-    return lambda *arguments: as_client(lambda: main(["publish", *map(str, arguments)]))
-
-
-@pytest.fixture
-def cli(client) -> Callable[..., subprocess.CompletedProcess]:
-    """Runs `delta-llava ARGUMENTS` as a client of the hub."""
-
-    def run(*arguments, **options) -> subprocess.CompletedProcess:
-        return client("-m", "modeling_delta_llava.cli", *arguments, **options)
-
-    return run
+def cli(as_client) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs `delta-llava ARGUMENTS`: no fresh process, save those that a command starts itself."""
+    return lambda *arguments, **options: as_client(lambda: main([*map(str, arguments)]), **options)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from modeling_delta_llava.hub_cards import preflight
 from modeling_delta_llava.hub_cards.card import write_card
@@ -50,8 +51,9 @@ def answer(client, name, home, **options) -> list[int]:
     return json.loads(process.stdout)
 
 
-def test_publish_load_answer_update_the_card(hub, client, publish, folder):
-    published = publish(folder, REPO, "--tag", "v1.0", "--collection", "Delta-LLaVA", "--message", "First")
+@pytest.mark.usefixtures("unverified")
+def test_publish_load_answer_update_the_card(hub, client, cli, folder):
+    published = cli("publish", folder, REPO, "--tag", "v1.0", "--collection", "Delta-LLaVA", "--message", "First")
     assert published.returncode == 0, published.stderr
     assert "checked on the Hub" in published.stdout
     assert hub.writer not in published.stdout + published.stderr
@@ -64,7 +66,7 @@ def test_publish_load_answer_update_the_card(hub, client, publish, folder):
 
     write_card(folder, repo_id=REPO, revision="v1.1")
     hub.log.clear()
-    updated = publish(folder, REPO, "--tag", "v1.1", "--no-load")
+    updated = cli("publish", folder, REPO, "--tag", "v1.1", "--no-load")
     assert updated.returncode == 0, updated.stderr
     assert "1 files" in updated.stdout
     assert hub.requests("^PUT") == []
@@ -73,7 +75,7 @@ def test_publish_load_answer_update_the_card(hub, client, publish, folder):
     assert {path for path in second if second[path] != first.get(path)} == {"README.md"}
     assert answer(client, REPO, "empty-3", revision="v1.1") == local
 
-    again = publish(folder, REPO, "--tag", "v1.1", "--no-load", "--collection", "Delta-LLaVA")
+    again = cli("publish", folder, REPO, "--tag", "v1.1", "--no-load", "--collection", "Delta-LLaVA")
     assert again.returncode == 0, again.stderr
     assert again.stdout.startswith("nothing to upload")
     assert len(repo.history()) == 3
@@ -81,8 +83,8 @@ def test_publish_load_answer_update_the_card(hub, client, publish, folder):
 
 
 @pytest.mark.usefixtures("unverified")
-def test_private_repository_is_read_with_its_token_only(hub, client, publish, folder):
-    published = publish(folder, REPO, "--tag", "v1.0", "--private", "--no-load")
+def test_private_repository_is_read_with_its_token_only(hub, client, cli, folder):
+    published = cli("publish", folder, REPO, "--tag", "v1.0", "--private", "--no-load")
     assert published.returncode == 0, published.stderr
     assert hub.repos[REPO].private
     fetch = "import huggingface_hub; huggingface_hub.snapshot_download('user/delta-llava-tiny', revision='v1.0')"
@@ -93,8 +95,8 @@ def test_private_repository_is_read_with_its_token_only(hub, client, publish, fo
 
 
 @pytest.mark.usefixtures("unverified")
-def test_dry_run(hub, publish, folder):
-    process = publish(folder, REPO, "--tag", "v1.0", "--dry-run", "--no-load")
+def test_dry_run(hub, cli, folder):
+    process = cli("publish", folder, REPO, "--tag", "v1.0", "--dry-run", "--no-load")
     assert process.returncode == 0, process.stderr
     assert "dry run" in process.stdout
     assert "does not exist yet" in process.stdout
@@ -102,18 +104,20 @@ def test_dry_run(hub, publish, folder):
 
 
 @pytest.mark.usefixtures("unverified")
-def test_licence_can_be_stated_on_the_way(hub, publish, model_folder):
+def test_licence_can_be_stated_on_the_way(hub, cli, model_folder):
     write_card(model_folder, repo_id=REPO)
-    assert_one_line(publish(model_folder, REPO, "--tag", "v1.0", "--no-load"), "no licence is stated")
-    process = publish(model_folder, REPO, "--tag", "v1.0", "--no-load", "--license", "mit")
+    assert_one_line(cli("publish", model_folder, REPO, "--tag", "v1.0", "--no-load"), "no licence is stated")
+    process = cli("publish", model_folder, REPO, "--tag", "v1.0", "--no-load", "--license", "mit")
     assert process.returncode == 0, process.stderr
     assert "license: mit" in hub.repos[REPO].find("main").tree["README.md"].content.decode()
 
 
-def test_folder_that_does_not_load_is_not_published(hub, publish, folder):
-    (folder / "tokenizer.json").write_text("{}")
-    process = publish(folder, REPO, "--tag", "v1.0")
-    assert_one_line(process, "cannot be published")
+def test_folder_with_damaged_weights_is_not_published(hub, cli, folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][0, 0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    process = cli("publish", folder, REPO, "--tag", "v1.0")
+    assert_one_line(process, "cannot be published", "NaN")
     assert hub.log == []
 
 
@@ -127,20 +131,20 @@ def test_folder_that_does_not_load_is_not_published(hub, publish, folder):
         (["--all", "."], "with --all give"),
     ],
 )
-def test_options_that_do_not_go_together(hub, publish, folder, arguments, expected):
-    assert_one_line(publish(folder, REPO, *arguments), expected)
+def test_options_that_do_not_go_together(hub, cli, folder, arguments, expected):
+    assert_one_line(cli("publish", folder, REPO, *arguments), expected)
     assert hub.log == []
 
 
 @pytest.mark.usefixtures("unverified")
-def test_all_variants_of_a_folder_are_gathered(hub, publish, tmp_path):
+def test_all_variants_of_a_folder_are_gathered(hub, cli, tmp_path):
     everything = tmp_path / "variants"
     for index, name in enumerate(("delta-llava-a", "delta-llava-b")):
         made = tiny.write_hub_folder(everything / name, num_visual_tokens=[4, 1][index])
         write_card(made, repo_id=f"org-lab/{name}", licence="mit")
     (everything / "notes").mkdir()
     tiny.write_hub_folder(everything / "_base")
-    process = publish("--all", everything, "--namespace", "org-lab", "--tag", "v1.0", "--no-load")
+    process = cli("publish", "--all", everything, "--namespace", "org-lab", "--tag", "v1.0", "--no-load")
     assert process.returncode == 0, process.stderr
     for name in ("delta-llava-a", "delta-llava-b"):
         assert_holds(hub, everything / name, "v1.0", f"org-lab/{name}")
@@ -150,17 +154,17 @@ def test_all_variants_of_a_folder_are_gathered(hub, publish, tmp_path):
 
 
 @pytest.mark.usefixtures("unverified")
-def test_all_checks_every_folder_before_it_sends_the_first(hub, publish, tmp_path):
+def test_all_checks_every_folder_before_it_sends_the_first(hub, cli, tmp_path):
     everything = tmp_path / "variants"
     good = tiny.write_hub_folder(everything / "a")
     write_card(good, repo_id="user/a", licence="mit")
     shutil.copytree(good, everything / "b")
     write_card(everything / "b", repo_id="user/b")
     (everything / "b" / "optimizer.pt").write_text("x")
-    process = publish("--all", everything, "--namespace", "user", "--tag", "v1.0", "--no-load")
+    process = cli("publish", "--all", everything, "--namespace", "user", "--tag", "v1.0", "--no-load")
     assert_one_line(process, "optimizer.pt is training state")
     assert hub.repos == {}
 
 
-def test_all_of_nothing(hub, publish, tmp_path):
-    assert_one_line(publish("--all", tmp_path, "--namespace", "user"), "holds no Hub folders")
+def test_all_of_nothing(hub, cli, tmp_path):
+    assert_one_line(cli("publish", "--all", tmp_path, "--namespace", "user"), "holds no Hub folders")
