@@ -54,7 +54,9 @@ class Forker:
         return subprocess.CompletedProcess(arguments, status, *(Path(path).read_text() for path in outputs))
 
     def close(self) -> None:
-        self.server.communicate(timeout=60)
+        # Closing its standard input would not do: processes that tests have forked may hold that open, too.
+        self.server.kill()
+        self.server.communicate()
 
 
 def execute(order: dict) -> None:

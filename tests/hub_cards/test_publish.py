@@ -40,9 +40,12 @@ def folder(model_folder):
 
 
 @pytest.fixture
-def unverified(monkeypatch):
-    """Leaves out the verification of the weights, which takes a process of its own."""
-    monkeypatch.setattr(preflight, "check_weights", lambda folder, time_limit: None)
+def checks(monkeypatch):
+    """In place of the checks that take a process of their own (see `test_preflight`): which of them were asked for."""
+    asked = []
+    for name in ("check_weights", "check_loading"):
+        monkeypatch.setattr(preflight, name, lambda folder, time_limit, name=name: asked.append(name))
+    return asked
 
 
 def answer(client, name, home, **options) -> list[int]:
@@ -51,11 +54,11 @@ def answer(client, name, home, **options) -> list[int]:
     return json.loads(process.stdout)
 
 
-@pytest.mark.usefixtures("unverified")
-def test_publish_load_answer_update_the_card(hub, client, cli, folder):
+def test_publish_load_answer_update_the_card(hub, client, cli, folder, checks):
     published = cli("publish", folder, REPO, "--tag", "v1.0", "--collection", "Delta-LLaVA", "--message", "First")
     assert published.returncode == 0, published.stderr
     assert "checked on the Hub" in published.stdout
+    assert checks == ["check_weights", "check_loading"]
     assert hub.writer not in published.stdout + published.stderr
     assert_holds(hub, folder, "v1.0", REPO)
     (collection,) = hub.collections.values()
@@ -82,7 +85,7 @@ def test_publish_load_answer_update_the_card(hub, client, cli, folder):
     assert len(hub.collections) == 1
 
 
-@pytest.mark.usefixtures("unverified")
+@pytest.mark.usefixtures("checks")
 def test_private_repository_is_read_with_its_token_only(hub, client, cli, folder):
     published = cli("publish", folder, REPO, "--tag", "v1.0", "--private", "--no-load")
     assert published.returncode == 0, published.stderr
@@ -94,7 +97,7 @@ def test_private_repository_is_read_with_its_token_only(hub, client, cli, folder
     assert process.returncode == 0, process.stderr
 
 
-@pytest.mark.usefixtures("unverified")
+@pytest.mark.usefixtures("checks")
 def test_dry_run(hub, cli, folder):
     process = cli("publish", folder, REPO, "--tag", "v1.0", "--dry-run", "--no-load")
     assert process.returncode == 0, process.stderr
@@ -103,7 +106,7 @@ def test_dry_run(hub, cli, folder):
     assert hub.repos == {}
 
 
-@pytest.mark.usefixtures("unverified")
+@pytest.mark.usefixtures("checks")
 def test_licence_can_be_stated_on_the_way(hub, cli, model_folder):
     write_card(model_folder, repo_id=REPO)
     assert_one_line(cli("publish", model_folder, REPO, "--tag", "v1.0", "--no-load"), "no licence is stated")
@@ -136,7 +139,7 @@ def test_options_that_do_not_go_together(hub, cli, folder, arguments, expected):
     assert hub.log == []
 
 
-@pytest.mark.usefixtures("unverified")
+@pytest.mark.usefixtures("checks")
 def test_all_variants_of_a_folder_are_gathered(hub, cli, tmp_path):
     everything = tmp_path / "variants"
     for index, name in enumerate(("delta-llava-a", "delta-llava-b")):
@@ -153,7 +156,7 @@ def test_all_variants_of_a_folder_are_gathered(hub, cli, tmp_path):
     assert [item["id"] for item in collection["items"]] == ["org-lab/delta-llava-a", "org-lab/delta-llava-b"]
 
 
-@pytest.mark.usefixtures("unverified")
+@pytest.mark.usefixtures("checks")
 def test_all_checks_every_folder_before_it_sends_the_first(hub, cli, tmp_path):
     everything = tmp_path / "variants"
     good = tiny.write_hub_folder(everything / "a")

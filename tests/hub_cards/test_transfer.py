@@ -24,6 +24,7 @@ from tests.hub_cards.publishing import REPO, publish_as_it_is
 COMMIT = r"POST /api/models/user/model/commit/"
 PUT = r"^PUT /lfs/"
 
+
 def random_folder(folder: Path, shards: int = 2, size: int = 600_000) -> Path:
     folder.mkdir()
     for index in range(shards):
