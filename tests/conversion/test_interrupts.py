@@ -86,6 +86,32 @@ def test_killed_while_replacing_a_model_and_run_again(sources, converted, tmp_pa
     assert {tensor.dtype for tensor in read_tensors(output).values()} == {torch.bfloat16}
 
 
+def test_everything_is_on_disk_before_it_takes_its_place(sources, tmp_path, monkeypatch):
+    """Flushed at its full size, then renamed, then the folder around it flushed: a power cut leaves all or nothing."""
+    output = tmp_path / "output"
+    fsync, rename, events = os.fsync, os.rename, []
+
+    def note_flush(descriptor):
+        events.append((os.readlink(f"/proc/self/fd/{descriptor}"), os.fstat(descriptor).st_size))
+        fsync(descriptor)
+
+    def note_rename(source, target):
+        events.append(("renamed", source))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_flush)
+    monkeypatch.setattr(os, "rename", note_rename)
+    convert(str(sources / "stage2"), output, max_shard_size="500KB", progress=False)
+    ((position, building),) = [(place, name) for place, (kind, name) in enumerate(events) if kind == "renamed"]
+    flushed = dict(events[:position])
+    for path in (output, *output.rglob("*")):
+        there = str(building / path.relative_to(output))
+        assert there in flushed, path
+        assert path.is_dir() or flushed[there] == path.stat().st_size, path
+    assert len(list(output.glob("*.safetensors"))) > 1
+    assert [name for name, _ in events[position + 1 :]] == [str(tmp_path)]
+
+
 # --- the transaction itself ------------------------------------------------------------------------------------------
 
 

@@ -136,6 +136,10 @@ def test_only_the_trained_parts_change_and_the_log_says_which(arguments, exact_f
     unread = [name for name in before if "vision_tower.encoder.layers.4" in name or "post_layernorm" in name]
     assert unread
     assert all(torch.equal(before[name], after[name]) for name in unread)
+    # Nor are they handed to the optimizer, which would keep state for them, and DDP wait for their gradients.
+    optimized = {id(item) for group in trainer.optimizer.param_groups for item in group["params"]}
+    optimized = {name for name, item in trainer.model.named_parameters() if id(item) in optimized}
+    assert optimized == {name for name in before if part_of(name) in parts} - set(unread)
     for count in count_parts(trainer.model):
         assert (count.trained > 0) == (count.part in parts)
         assert f"{count.trained:,} trained" in caplog.text

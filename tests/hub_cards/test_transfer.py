@@ -111,7 +111,16 @@ def test_multipart_upload(hub, folder, publish):
     report_of(process)
     assert len(hub.requests(r"^PUT /lfs/[0-9a-f]{64}/\d+")) == 6, "three parts for each of two files"
     assert_holds(hub, folder)
+
+
+def test_signatures_of_addresses_are_not_printed(hub, folder, publish):
+    hub.multipart_size = 250_000
+    hub.fail(PUT, status=403, times=99, body="<Error><Code>AccessDenied</Code></Error>")
+    process = publish(folder)
+    line = assert_one_line(process, "the token may not do this (403")
+    assert hub.cdn_url in line, "it names the address"
     assert "X-Amz" not in process.stderr
+    assert "secret" not in process.stderr
 
 
 def test_stale_shards_and_code_are_removed_other_files_kept(hub, folder, publish):
@@ -282,6 +291,18 @@ def test_412_stops_when_the_other_commit_touches_our_files(hub, folder, publish)
     assert commits(hub) == ["edit", "initial commit"]
     report_of(publish(folder))
     assert_holds(hub, folder)
+
+
+def test_412_stops_when_the_other_commit_deletes_one_of_our_files(hub, folder, publish):
+    report_of(publish(folder))
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nours\n")
+    hub.fail(
+        COMMIT,
+        "call",
+        function=lambda server: server.commit(server.repos[REPO], "main", {}, ("README.md",), "theirs", "somebody"),
+    )
+    assert_one_line(publish(folder), "somebody else has changed README.md", "run the same command again")
+    assert commits(hub) == ["theirs", "Upload model", "initial commit"]
 
 
 # Trouble that passes.
