@@ -448,7 +448,7 @@ def test_progress_bars_reach_their_end(sources, tmp_path, monkeypatch):
         pytest.param(None, ("<pad>",), 449, 450, id="one added token"),
         pytest.param(None, ("<pad>", "<extra>"), 450, 451, id="two added tokens"),
         pytest.param(512, (), 448, 512, id="padded rows are reused"),
-        pytest.param(448, ("<im_start>", "<im_end>"), 450, 451, id="two added tokens without rows"),
+        pytest.param(446, ("<im_start>", "<im_end>"), 450, 451, id="two tokens without rows"),
     ],
 )
 def test_vocabulary_rows(tmp_path, vocab_size, added, image_token_id, rows):
