@@ -13,16 +13,6 @@ from modeling_delta_llava.errors import UserError
 HEAVY = ("torch", "transformers", "huggingface_hub", "numpy", "PIL", "safetensors", "datasets")
 
 
-def run_module(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "modeling_delta_llava.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, **environment},
-    )
-
-
 @pytest.fixture
 def failing_command(monkeypatch):
     """Adds a command `fail` that raises what the test puts into the returned dict, and removes it afterwards."""
@@ -36,26 +26,14 @@ def failing_command(monkeypatch):
     return raised
 
 
-@pytest.mark.parametrize("option", ["--help", "-h", "--version"])
-def test_imports_nothing_heavy(option: str):
-    code = (
-        "import sys\n"
-        "from modeling_delta_llava.cli import main\n"
-        f"status = main([{option!r}])\n"
-        f"print('heavy:', *[name for name in {HEAVY!r} if name in sys.modules])\n"
-        "sys.exit(status)"
-    )
-    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert completed.returncode == 0, completed.stderr
-    assert completed.stdout.splitlines()[-1].strip() == "heavy:"
-
-
-def test_help_of_every_command_imports_nothing_heavy():
+def test_help_and_version_import_nothing_heavy():
+    """Of the program and of every command, in one process."""
     names = [command.name or command.callback.__name__.replace("_", "-") for command in cli.app.registered_commands]
+    calls = [["--version"], ["-h"], ["--help"], *([name, "--help"] for name in names)]
     code = (
         "import sys\n"
         "from modeling_delta_llava.cli import main\n"
-        f"statuses = [main([name, '--help']) for name in {names!r}]\n"
+        f"statuses = [main(arguments) for arguments in {calls!r}]\n"
         f"heavy = [name for name in {HEAVY!r} if name in sys.modules]\n"
         "assert not heavy, heavy\n"
         "assert not any(statuses), statuses"
@@ -83,6 +61,14 @@ def test_console_script_is_installed():
     completed = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=120)
     assert completed.returncode == 0, completed.stderr
     assert completed.stdout.startswith("delta-llava ")
+
+
+def test_status_of_the_process_is_that_of_the_command():
+    completed = subprocess.run(
+        [sys.executable, "-m", "modeling_delta_llava.cli", "nonsense"], capture_output=True, text=True, timeout=120
+    )
+    assert completed.returncode == 2
+    assert completed.stderr.startswith("error: ")
 
 
 @pytest.mark.parametrize(
@@ -158,11 +144,12 @@ def test_traceback_variable_set_to_zero_means_off(monkeypatch, failing_command):
     assert cli.main(["fail"]) == 2
 
 
-def test_no_arguments_prints_the_help():
-    completed = run_module()
-    assert completed.returncode == 0, completed.stderr
-    assert "Usage: delta-llava" in completed.stdout
-    assert completed.stdout == run_module("--help").stdout
+def test_no_arguments_prints_the_help(capsys):
+    assert cli.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "Usage: delta-llava" in printed
+    assert cli.main(["--help"]) == 0
+    assert capsys.readouterr().out == printed
 
 
 def test_reader_that_leaves_early_gets_no_traceback():
