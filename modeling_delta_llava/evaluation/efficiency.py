@@ -144,9 +144,9 @@ def profile(
     """
     if png_file is not None:
         figure.check(png_file)
-    for file in (json_file, png_file):
+    for file, mark in ((json_file, b'"num_visual_tokens"'), (png_file, b"Matplotlib")):
         if file is not None:
-            check_writable(file)
+            check_writable(file, mark)
     budgets = check_budgets(config, budgets)
     place = check_device(device)
     if dtype is not None and dtype not in DTYPES:
@@ -171,9 +171,15 @@ def profile(
     return document
 
 
-def check_writable(file: Path):
-    """Makes the folder of a result file, and raises `UserError` if the file cannot be written there."""
+def check_writable(file: Path, mark: bytes):
+    """Makes the folder of a result file, which may hold an earlier result: something with `mark` in it.
+
+    Raises:
+        UserError: the file cannot be written there, or holds something else than an earlier result.
+    """
     try:
+        if file.is_file() and file.stat().st_size and mark not in file.read_bytes():
+            raise UserError(f"{file} exists and `profile` did not write it; give another file")
         file.parent.mkdir(parents=True, exist_ok=True)
         existed = file.exists()
         with file.open("a"):

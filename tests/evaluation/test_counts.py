@@ -63,7 +63,7 @@ def test_the_paper_counts_two_of_three_mlp_matrices():
     assert closed_form(config, 144).prefill - paper_convention(config, 144).prefill == third_matrix + head
 
 
-@pytest.mark.parametrize("new_tokens", [1, 2, 30])
+@pytest.mark.parametrize("new_tokens", [1, 2, 5])
 @pytest.mark.parametrize("decoder", ["llama", "qwen2", "qwen3", "mistral", "seed_oss", "gemma", "gemma2", "phi3"])
 def test_closed_form_is_what_torch_counts(decoder, new_tokens):
     config = tiny_config(decoder=decoder, text={"num_key_value_heads": 1})
@@ -95,7 +95,7 @@ def test_closed_form_of_other_geometries(fields):
 
 @pytest.mark.parametrize("language_model", sorted(LANGUAGE_MODELS))
 def test_closed_form_at_published_size(language_model):
-    assert_torch_agrees(meta_model(known_config(language_model)), 144, 68, 30)
+    assert_torch_agrees(meta_model(known_config(language_model)), 144, 68, 3)
 
 
 def test_the_skipped_tower_layer_outweighs_the_compressing_projector():
