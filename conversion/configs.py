@@ -215,14 +215,23 @@ def build_meta_model(config, projector: str):
         return (LlavaForConditionalGeneration if projector == PLAIN else DeltaLlavaForConditionalGeneration)(config)
 
 
-def expected_shapes(config, projector: str, where: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor that the model of a config needs; a tied head is left out.
+def expected_shapes(
+    config, projector: str, where: Path
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Name -> shape of every tensor that the model of a config needs, and of those that it may come with.
+
+    A tied head is left out. What a checkpoint may have or not are the layers of the vision tower above those in use.
 
     Raises:
         UserError: no model can be built from the config, which `where` holds.
     """
+    import torch
+    from transformers import AutoModel
+
     try:
         model = build_meta_model(config, projector)
+        with torch.device("meta"):
+            whole_tower = AutoModel.from_config(config.vision_config)
     # Sizes and settings that the config classes let pass fail anywhere in the model's constructors.
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -230,7 +239,8 @@ def expected_shapes(config, projector: str, where: Path) -> dict[str, tuple[int,
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
-    return shapes
+    tower = {f"model.vision_tower.{name}": tuple(each.shape) for name, each in whole_tower.state_dict().items()}
+    return shapes, {name: shape for name, shape in tower.items() if name not in shapes}
 
 
 def training_config_of(config, record: dict | None, vocab_size: int, vision_tower: str | None = None) -> dict:

@@ -249,14 +249,16 @@ def with_rows(entries: Entries, rows: int) -> Entries:
     return padded
 
 
-def check_entries(entries: Entries, expected: Mapping[str, tuple[int, ...]], where: str) -> None:
+def check_entries(
+    entries: Entries, needed: Mapping[str, tuple[int, ...]], optional: Mapping[str, tuple[int, ...]], where: str
+) -> None:
     """Compares names, shapes and dtypes with the model's own, before a byte is written.
 
     Raises:
         UserError: tensors missing, unknown, of another shape, or not floating point.
     """
-    missing = [name for name in expected if name not in entries]
-    surplus = [name for name in entries if name not in expected]
+    missing = [name for name in needed if name not in entries]
+    surplus = [name for name in entries if name not in needed and name not in optional]
     if missing:
         raise UserError(
             f"{where} lacks {describe_keys(missing)} of the model that config.json describes{_hint(missing[0])}"
@@ -266,8 +268,8 @@ def check_entries(entries: Entries, expected: Mapping[str, tuple[int, ...]], whe
         raise UserError(
             f"{where} holds {describe_keys(keys)} beyond the model that config.json describes{_hint(surplus[0])}"
         )
-    for name, shape in expected.items():
-        entry = entries[name]
+    for name, entry in entries.items():
+        shape = needed.get(name) or optional.get(name)
         if entry.shape != shape:
             raise UserError(
                 f"tensor {entry.source.key!r} in {entry.source.file} has shape {entry.source.shape}, "

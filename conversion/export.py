@@ -136,7 +136,7 @@ def hub_entries(folder: Path, config, projector: str) -> Entries:
     """The tensors of a Hub folder under model names, checked against the model of its config."""
     tables = [HUB_RULES] if projector == forms.DELTA else [invert_rules(NATIVE_LLAVA_RULES)]
     entries, _ = named_entries(read_checkpoint(folder).tensors, tables, str(folder), steps=False)
-    check_entries(entries, configs.expected_shapes(config, projector, folder / "config.json"), str(folder))
+    check_entries(entries, *configs.expected_shapes(config, projector, folder / "config.json"), str(folder))
     return entries
 
 

@@ -318,7 +318,7 @@ class _Planner:
         )
         entries = with_rows(entries, rows)
         where = " + ".join(str(path) for path in self.folders.values())
-        check_entries(entries, configs.expected_shapes(config, self.projector, self.config_path), where)
+        check_entries(entries, *configs.expected_shapes(config, self.projector, self.config_path), where)
         tensors, names = self._outputs(entries)
         embedding = next(tensor for tensor in tensors if names[tensor.name] == EMBEDDING)
         configs.set_dtype(config, embedding.dtype)

@@ -283,8 +283,11 @@ def model_stages(folder: Path, config, projector: str, pixel_values, before, aft
     model = model_class.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         states = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
-        layers = [config.vision_feature_layer] if projector == forms.PLAIN else config.memory_feature_layers
-        stages = {f"tower layer {layer}": states[layer] for layer in layers}
+        if projector == forms.PLAIN:
+            stages = {f"tower layer {config.vision_feature_layer}": states[config.vision_feature_layer]}
+        else:
+            layers = config.memory_feature_layers
+            stages = {f"tower layer {layer}": states[config.hidden_state_index(layer)] for layer in layers}
         visual = model.get_image_features(pixel_values, return_dict=True).pooler_output
         visual = torch.stack([tokens.reshape(-1, tokens.shape[-1]) for tokens in visual])
         placeholders = torch.full((1, visual.shape[1]), config.image_token_id)

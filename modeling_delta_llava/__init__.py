@@ -2,7 +2,13 @@
 
 from importlib.metadata import version
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
 from .configuration_delta_llava import DeltaLlavaConfig
 from .modeling_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaModel
@@ -14,4 +20,5 @@ __all__ = ["DeltaLlavaConfig", "DeltaLlavaForConditionalGeneration", "DeltaLlava
 AutoConfig.register(DeltaLlavaConfig.model_type, DeltaLlavaConfig)
 AutoModel.register(DeltaLlavaConfig, DeltaLlavaModel)
 AutoModelForImageTextToText.register(DeltaLlavaConfig, DeltaLlavaForConditionalGeneration)
+AutoModelForMultimodalLM.register(DeltaLlavaConfig, DeltaLlavaForConditionalGeneration)
 AutoProcessor.register(DeltaLlavaConfig, DeltaLlavaProcessor)

@@ -22,6 +22,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_delta_llava.DeltaLlavaConfig",
     "AutoModel": "modeling_delta_llava.DeltaLlavaModel",
     "AutoModelForImageTextToText": "modeling_delta_llava.DeltaLlavaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_delta_llava.DeltaLlavaForConditionalGeneration",
     "AutoProcessor": "processing_delta_llava.DeltaLlavaProcessor",
 }
 

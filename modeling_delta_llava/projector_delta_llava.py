@@ -185,20 +185,20 @@ class DeltaLlavaCrossAttention(nn.Module):
         tokens = tokens.permute(0, 1, 3, 5, 2, 4, 6)  # [B, g, g, heads, s, s, C / heads]
         return tokens.reshape(batch_size * grid_size**2, self.num_heads, scale**2, -1)
 
-    def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: int) -> torch.Tensor:
+    def forward(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, grid_size: int, scale: int
+    ) -> torch.Tensor:
         """
         Args:
             queries, keys, values: query tokens `(B, V, C)`, and patch tokens `(B, N, C)`.
-            scale: side s of a window.
+            grid_size, scale: side g of the grid of queries, and side s of a window.
         """
-        batch_size, num_visual_tokens, channels = queries.shape
-        grid_size = round(num_visual_tokens**0.5)
         attended = F.scaled_dot_product_attention(
             self.windows(self.q_proj(queries), grid_size, 1),
             self.windows(self.k_proj(keys), grid_size, scale),
             self.windows(self.v_proj(values), grid_size, scale),
         )  # [B * V, heads, 1, C / heads]
-        return self.out_proj(attended.reshape(batch_size, num_visual_tokens, channels))
+        return self.out_proj(attended.reshape(queries.shape))
 
 
 class DeltaLlavaProjector(nn.Module):
@@ -271,6 +271,7 @@ class DeltaLlavaProjector(nn.Module):
             # A window of one patch is its value, whatever the query. Training runs the queries for their gradients.
             attended = self.cross_attention.out_proj(self.cross_attention.v_proj(values))
         else:
-            queries = self.queries(query_features, self.source_grid_size // scale)
-            attended = self.cross_attention(queries, self.key_projection(memory_features), values, scale)
+            grid_size = self.source_grid_size // scale
+            queries, keys = self.queries(query_features, grid_size), self.key_projection(memory_features)
+            attended = self.cross_attention(queries, keys, values, grid_size, scale)
         return self.linear_2(F.gelu(self.linear_1(attended))) * self.visual_token_scale

@@ -46,7 +46,8 @@ PROGRAM = textwrap.dedent(
     sys.modules["modeling_delta_llava"] = None  # whatever imports the installed package fails
     import torch
     from PIL import Image
-    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+    from transformers import AutoProcessor, pipeline
 
     folder, again = sys.argv[1:]
     trust = {"trust_remote_code": True}
@@ -57,12 +58,16 @@ PROGRAM = textwrap.dedent(
     assert [type(part).__name__ for part in (config, base, model, processor)] == [
         "DeltaLlavaConfig", "DeltaLlavaModel", "DeltaLlavaForConditionalGeneration", "DeltaLlavaProcessor"
     ]
+    assert type(AutoModelForMultimodalLM.from_pretrained(folder, **trust)) is type(model)
     answers, logits = [], []
     pipe = pipeline("image-text-to-text", model=folder, **trust)
+    any_to_any = pipeline("any-to-any", model=folder, **trust)
     for colour in ("black", "white"):
         content = [{"type": "image", "image": Image.new("RGB", (40, 30), colour)}, {"type": "text", "text": "What?"}]
         messages = [{"role": "user", "content": content}]
         answers.append(pipe(text=messages, max_new_tokens=12)[0]["generated_text"][-1]["content"])
+        said = any_to_any(text=messages, max_new_tokens=12)[0]["generated_text"][-1]["content"]
+        assert said == answers[-1], (said, answers[-1])
         inputs = processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
             processor_kwargs={"num_visual_tokens": 16},
@@ -132,6 +137,7 @@ def test_save_and_load(runs):
         "AutoConfig": "configuration_delta_llava.DeltaLlavaConfig",
         "AutoModel": "modeling_delta_llava.DeltaLlavaModel",
         "AutoModelForImageTextToText": "modeling_delta_llava.DeltaLlavaForConditionalGeneration",
+        "AutoModelForMultimodalLM": "modeling_delta_llava.DeltaLlavaForConditionalGeneration",
         "AutoProcessor": "processing_delta_llava.DeltaLlavaProcessor",
     }
 
