@@ -1,8 +1,9 @@
 """README.md and docs/: every command and every piece of Python in them runs, links lead somewhere, files exist.
 
 A page's fenced `bash` and `python` blocks run in this process, in their order, in a folder where the names that the
-documents use exist (`NAMES`), with pieces of Python sharing their variables. What a test cannot wait for is added to a
-command (`ADDED`); what cannot run here is listed with its reason (`NOT_RUN`), and its options are checked all the same.
+documents use exist (`NAMES`); the pieces of Python of a page share their variables. What makes a command small enough
+is added to it (`ADDED`). What cannot run here is listed with its reason (`NOT_RUN`); its options are checked all the
+same.
 """
 
 import contextlib
@@ -12,15 +13,19 @@ import re
 import shlex
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from PIL import Image
 from transformers import dynamic_module_utils
 
 import delta_llava_cli as cli
 from modeling_delta_llava.conversion.convert import convert
+from modeling_delta_llava.conversion.verify import passed, verify
 from modeling_delta_llava.finetuning.arguments import load_arguments
+from modeling_delta_llava.hub_cards import preflight, publish, transfer
 from modeling_delta_llava.hub_cards.card import write_card
 from tests.hub_cards.local_hub import LocalHub
 from tests.training_layout import (
@@ -53,10 +58,7 @@ NAMES = {
     "captions.json": "rows about them, as LLaVA JSON",
     "mine.jsonl": "the same rows as JSONL",
 }
-LAYOUT = TrainingLayout(
-    text_intermediate_size=128, tower_hidden_size=64, projector_width=64, block_attention_width=32, tower_layers=6,
-    image_size=48, patch_size=2, scale_factor=2,
-)  # fmt: skip
+LAYOUT = TrainingLayout(text_intermediate_size=128, image_size=48, patch_size=2)
 
 # What makes a command small enough for a test.
 ADDED = {
@@ -143,11 +145,35 @@ def place(originals, tmp_path, monkeypatch):
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     forget_remote_code()
     with LocalHub(tmp_path / "hub", tokens={"hf_" + "w" * 34: ("you", "write")}) as hub:
-        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)  # processes that publish read it anew; this one has
         for name, value in hub.environment(tmp_path / "home").items():
             monkeypatch.setenv(name, value)
+        # What huggingface_hub read of these when it was imported.
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        # Publishing starts a process for each of its steps, which tests/hub_cards tries. Here the same runs without.
+        monkeypatch.setattr(preflight, "check_weights", check_weights_here)
+        monkeypatch.setattr(publish, "run_worker", send_here)
         yield folder
     forget_remote_code()
+
+
+def check_weights_here(folder: Path, time_limit: float | None = None) -> None:
+    assert passed(verify(folder, progress=False))
+
+
+def send_here(order: dict, time_limit: float, say) -> dict:
+    request = transfer.Request(**order["request"])
+    sent = transfer.Transfer(request, say)
+    if "collection" not in order:
+        return {"event": "report", **asdict(sent.run())}
+    namespace = request.repo_id.split("/")[0]
+    slug = transfer.add_to_collection(sent.api, order["collection"], namespace, order["repo_ids"], sent.call)
+    return {"event": "collection", "slug": slug, "url": f"{sent.api.endpoint}/collections/{slug}"}
 
 
 def forget_remote_code() -> None:
@@ -189,6 +215,11 @@ def run_command(command: str, capsys) -> None:
     assert cli.main([*words[1:], *added]) == 0, command
 
 
+# Among themselves, libraries use names that others of them have deprecated: peft transformers' (`is_gradient_...`),
+# huggingface_hub httpx's, and torch's ONNX exporter its own.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_what_a_page_shows_runs(page, place, capsys):
     if "convert CHECKPOINT FOLDER" in page.read_text(encoding="utf-8"):
@@ -209,7 +240,11 @@ def test_what_a_page_shows_runs(page, place, capsys):
 
 def test_what_is_not_run_is_in_a_document():
     shown = [
-        command for page in PAGES for language, text in blocks(page) if language == "bash" for command in commands(text)
+        command
+        for page in PAGES
+        for language, text in blocks(page)
+        if language == "bash"
+        for command in commands(text)
     ]
     for start in NOT_RUN:
         assert any(command.startswith(start) for command in shown), f"{start}: in no document"
