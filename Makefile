@@ -35,10 +35,11 @@ install: $(INSTALLED)
 demo: install
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PYTHON) -m examples.demo
 
-# One thread for each worker: more workers than cores times threads slow each other down.
+# One thread for each worker: more workers than cores times threads slow each other down. With `worksteal`, neighbouring
+# tests stay together and share what their module makes once.
 test: install
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
-		$(PYTHON) -m pytest -n $(WORKERS) --maxprocesses 8 $(PYTEST_ARGS) $(TESTS)
+		$(PYTHON) -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS) $(TESTS)
 
 test-versions: install
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \

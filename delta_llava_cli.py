@@ -488,7 +488,13 @@ def _one_line(error: BaseException) -> str:
         message = f"{error.strerror}: {os.fspath(error.filename)}"
     else:
         message = str(error) or type(error).__name__
-    return " ".join(message.split())
+    message = " ".join(message.split())
+    # Importing the package takes seconds: a usage error waits for it only where there may be something to hide.
+    if isinstance(error, _CommandLineError) and not any(mark in message for mark in ("hf_", "://", "token")):
+        return message
+    from modeling_delta_llava.redaction import scrub
+
+    return scrub(message)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from modeling_delta_llava.projector_delta_llava import (
+    DeltaLlavaProjection,
     DeltaLlavaProjector,
     DeltaLlavaTransformerBlock,
-    DeltaProjection,
 )
 
 
-def delta_projection(module: DeltaProjection, features: torch.Tensor) -> torch.Tensor:
+def delta_projection(module: DeltaLlavaProjection, features: torch.Tensor) -> torch.Tensor:
     update = (module.delta_u @ module.delta_v).T
     return module.norm(F.gelu(F.linear(features, module.base.weight + update)))
 
@@ -45,7 +45,7 @@ def self_attention(block: DeltaLlavaTransformerBlock, tokens: torch.Tensor) -> t
 
 
 def transformer_block(block: DeltaLlavaTransformerBlock, feature_map: torch.Tensor) -> torch.Tensor:
-    attended = pointwise(block.input_proj, feature_map)  # [B, C1, g, g]
+    attended = pointwise(block.input_proj, feature_map)  # [B, A, g, g]
     side = attended.shape[-1]
     tokens = channels_last(attended).flatten(1, 2)
     branch = block.attention_drop_path(self_attention(block, block.attention_norm(tokens)))

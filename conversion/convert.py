@@ -34,6 +34,7 @@ from modeling_delta_llava.conversion.workspace import (
 )
 from modeling_delta_llava.conversion.writer import parse_size, plan_shards, write_shards
 from modeling_delta_llava.errors import UserError
+from modeling_delta_llava.folders import code_files, strip_foreign_code
 from modeling_delta_llava.json_files import read_json
 
 TOKENIZER_FILES = (
@@ -106,6 +107,8 @@ def convert(
         check_space(output, plan.nbytes + SMALL_FILES_BYTES)
         with transaction(output, overwrite) as building:
             write_small_files(plan, building)
+            for entry in strip_foreign_code(building):
+                say(f"note: not taken over, it names code that is not this package's: {entry}")
             started = time.perf_counter()
             with TensorStream(scan) as stream, progress_bar(plan.nbytes, "converting", progress) as advance:
                 write_shards(building, plan.tensors, max_shard_bytes, stream, advance, allow_nonfinite)
@@ -190,18 +193,6 @@ def _keep_training_files(plan: Plan, folder: Path) -> None:
             path = file_inside(root, name, "SOURCE")
             shutil.copyfile(path, folder / TRAINING_FOLDER / path.name)
     (folder / RECORD_FILE).write_bytes(json_bytes(record))
-
-
-def code_files() -> list[Path]:
-    """The files of this package that a Hub repository ships: what `auto_map` names, and what that imports."""
-    from transformers.dynamic_module_utils import get_relative_import_files
-
-    from modeling_delta_llava import configuration_delta_llava
-
-    package = Path(configuration_delta_llava.__file__).parent
-    files = {package / f"{entry.partition('.')[0]}.py" for entry in configuration_delta_llava.AUTO_MAP.values()}
-    imported = {Path(path) for file in files for path in get_relative_import_files(file)}
-    return sorted(files | imported)
 
 
 def build_processor(plan: Plan):

@@ -43,6 +43,7 @@ from modeling_delta_llava.conversion.tensors import DTYPES, item_size
 from modeling_delta_llava.conversion.workspace import check_output, check_space, interruptible, transaction
 from modeling_delta_llava.conversion.writer import parse_size, write_shards
 from modeling_delta_llava.errors import UserError
+from modeling_delta_llava.folders import refuse_foreign_code
 from modeling_delta_llava.json_files import read_json
 
 
@@ -77,6 +78,7 @@ def export(
         source = local_folder(folder, "HUB_FOLDER")
         check_output(output, {"HUB_FOLDER": source}, overwrite)
         config, projector = read_hub_config(source)
+        refuse_foreign_code(source)
         record = read_record(source)
         if record is None:
             say("note: this folder was not written by convert: config and tower name are built from its config.json")

@@ -365,7 +365,7 @@ class _Planner:
             for folder in folders:
                 if (folder / "processor_config.json").exists():
                     try:
-                        processor = DeltaLlavaProcessor.from_pretrained(folder)
+                        processor = DeltaLlavaProcessor.from_pretrained(folder, trust_remote_code=False)
                     # Its many parts fail in many ways, the tokenizers library with a plain Exception.
                     except Exception as error:
                         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

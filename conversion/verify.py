@@ -8,13 +8,14 @@ from pathlib import Path
 
 from modeling_delta_llava.conversion import forms
 from modeling_delta_llava.conversion.checkpoints import read_checkpoint, require_folder
-from modeling_delta_llava.conversion.convert import code_files, progress_bar, quiet_transformers
+from modeling_delta_llava.conversion.convert import progress_bar, quiet_transformers
 from modeling_delta_llava.conversion.entries import Entries, Entry
 from modeling_delta_llava.conversion.export import hub_entries, load_output, read_hub_config, training_tensors
 from modeling_delta_llava.conversion.plan import Options, Plan, make_plan
 from modeling_delta_llava.conversion.streams import OutputTensor, Span, TensorStream
 from modeling_delta_llava.conversion.tensors import FLOATING, format_bytes, item_size
 from modeling_delta_llava.errors import UserError
+from modeling_delta_llava.folders import check_code, code_files, holds_model, refuse_foreign_code
 from modeling_delta_llava.json_files import read_json
 
 REQUIRED_FILES = ("config.json", "generation_config.json", "processor_config.json", "tokenizer_config.json")
@@ -52,9 +53,11 @@ def verify(
         one [`Check`] per row; the folder is good when none has `passed` False.
 
     Raises:
-        UserError: `folder` is no folder, or the source cannot be read.
+        UserError: `folder` is no folder or brings code that is not this package's, or the source cannot be read.
     """
     folder = require_folder(Path(folder), "FOLDER")
+    if holds_model(folder):
+        refuse_foreign_code(folder)
     checks: list[Check] = []
 
     def run(name: str, check: Callable[[], str]) -> bool:
@@ -118,14 +121,8 @@ def _check_config(folder: Path) -> str:
 
 
 def _check_code(folder: Path) -> str:
-    files = code_files()
-    for path in files:
-        copy = folder / path.name
-        if not copy.is_file():
-            raise UserError(f"{path.name} missing")
-        if copy.read_bytes() != path.read_bytes():
-            raise UserError(f"{path.name} differs from this version of the package")
-    return f"{len(files)} files, as in this package"
+    check_code(folder)
+    return f"{len(code_files())} files, as in this package"
 
 
 def _check_generation(folder: Path, config) -> str:
@@ -153,7 +150,7 @@ def _check_processor(folder: Path, config, projector: str) -> str:
 
         processor_class, expected = LlavaProcessor, config.image_seq_length
     try:
-        processor = processor_class.from_pretrained(folder)
+        processor = processor_class.from_pretrained(folder, trust_remote_code=False)
         side = config.vision_config.image_size
         messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
         prompt = processor.apply_chat_template(messages, add_generation_prompt=True)

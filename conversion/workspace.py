@@ -15,6 +15,7 @@ from pathlib import Path
 from modeling_delta_llava.conversion.tensors import format_bytes
 from modeling_delta_llava.conversion.writer import flush
 from modeling_delta_llava.errors import UserError
+from modeling_delta_llava.folders import check_output_folder, holds_model
 
 _OWNER_FILE = ".owner.json"
 # Left free on the disk beside what is written.
@@ -51,7 +52,8 @@ def check_output(output: Path, inputs: dict[str, Path], overwrite: bool) -> None
         overwrite: an existing OUTPUT may be replaced, if it holds a model.
 
     Raises:
-        UserError: OUTPUT is one of the inputs, lies around one or inside one, exists, or is a file.
+        UserError: OUTPUT is one of the inputs, lies around one or inside one, exists, is a file, or is a place that
+            must not be replaced.
     """
     place = output.resolve()
     for role, path in inputs.items():
@@ -64,11 +66,10 @@ def check_output(output: Path, inputs: dict[str, Path], overwrite: bool) -> None
             raise UserError(f"OUTPUT {output} lies inside {role} {path}: choose another folder")
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise UserError(f"OUTPUT {output} is a file or link: a folder is expected, choose another name")
-    if output.exists():
-        if not overwrite:
-            raise UserError(f"OUTPUT {output} exists: pass --overwrite to replace it, or choose another folder")
-        if any(output.iterdir()) and not any((output / name).exists() for name in ("config.json", "mm_projector.bin")):
-            raise UserError(f"OUTPUT {output} exists and holds no model: it is not replaced, remove it yourself")
+    is_ours = not overwrite or holds_model(output)
+    check_output_folder(output, f"OUTPUT {output}", "holds no model: it is not replaced", is_ours, replaces=True)
+    if output.exists() and not overwrite:
+        raise UserError(f"OUTPUT {output} exists: pass --overwrite to replace it, or choose another folder")
     for parent in output.absolute().parents:
         if parent.exists():
             if not parent.is_dir():

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from modeling_delta_llava.configuration_delta_llava import TRANSFORMERS_RANGE
 from modeling_delta_llava.errors import UserError
+from modeling_delta_llava.folders import check_output_folder, refuse_foreign_code
 from modeling_delta_llava.hub_cards.figure import chart_for, draw_chart, draw_example
 from modeling_delta_llava.hub_cards.licences import (
     NO_LICENCE,
@@ -508,10 +509,13 @@ def write_card(
         results: result files of lmms-eval, which are copied into `eval/`.
 
     Raises:
-        UserError: the folder is no Delta-LLaVA folder or not that variant, the licence is not one of the Hub's, or a
-            name cannot be one.
+        UserError: the folder is no Delta-LLaVA folder or not that variant, or brings code that is not this package's;
+            the licence is not one of the Hub's, or a name cannot be one.
     """
     folder = Path(folder)
+    read_config(folder)
+    check_output_folder(folder, str(folder), "holds no model", is_ours=True)
+    refuse_foreign_code(folder)
     for name in (*([] if repo_id is None else [repo_id]), *base_models):
         check_repository(name)
     check_reference(revision)

@@ -1,23 +1,11 @@
 """What the Hub's refusals mean for the user, in one line, without a token or a signature in it."""
 
-import os
-import re
-
-from huggingface_hub import get_token
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
 
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
-SIGNATURE = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
+from modeling_delta_llava.redaction import scrub
+
 TRANSIENT = (408, 429, 500, 502, 503, 504)
-
-
-def scrub(text: str) -> str:
-    """`text` without tokens (any of the Hub's form, and the one in use) and without the query part of addresses."""
-    token = get_token() or os.environ.get("HF_TOKEN")
-    if token:
-        text = text.replace(token, "<token>")
-    return SIGNATURE.sub(r"\1", TOKEN.sub("<token>", text))
 
 
 def causes(error: BaseException) -> list[BaseException]:

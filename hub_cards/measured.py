@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modeling_delta_llava.errors import UserError
+from modeling_delta_llava.folders import RESULTS_FOLDER
+from modeling_delta_llava.hub_cards.scan import secret_in
 from modeling_delta_llava.hub_cards.variants import benchmarks
-
-RESULTS_FOLDER = "eval"
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,14 @@ def read_measurements(folder: Path, results: Sequence[Path], default_tokens: int
         default_tokens: visual tokens of a run whose arguments name none.
 
     Raises:
-        UserError: a file is not what lmms-eval writes.
+        UserError: a file is not what lmms-eval writes, or holds a secret.
     """
     target = folder / RESULTS_FOLDER
     for path in results:
         list(_scores(path, default_tokens))
+        secret = secret_in(path)
+        if secret:
+            raise UserError(f"{path} holds {secret}: take it out before the file is copied into {folder}")
         target.mkdir(exist_ok=True)
         if path.resolve() != (target / path.name).resolve():
             shutil.copyfile(path, target / path.name)

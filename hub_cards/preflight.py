@@ -12,6 +12,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 from modeling_delta_llava.errors import UserError
+from modeling_delta_llava.folders import check_code, check_output_folder, refuse_foreign_code
 from modeling_delta_llava.hub_cards.licences import add_llama_2_notice, state_licence, write_licence_file
 from modeling_delta_llava.hub_cards.manifest import FileHash, hash_files, list_files
 from modeling_delta_llava.hub_cards.metadata import (
@@ -52,7 +53,11 @@ def _refuse(folder: Path, problems: Sequence[str], hint: str) -> None:
 
 
 def check_structure(folder: Path) -> dict:
-    """config.json of a Delta-LLaVA folder that has weights, processor and code; raises `UserError` otherwise."""
+    """config.json of a Delta-LLaVA folder that has weights, processor and code, none of it foreign.
+
+    Raises:
+        UserError: it is something else, a root or a home folder, or brings code that is not this package's.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give the folder that `delta-llava convert` or training wrote")
     missing = [name for name in REQUIRED if not (folder / name).is_file()]
@@ -71,9 +76,13 @@ def check_structure(folder: Path) -> dict:
             code = folder / f"{str(reference).split('--')[-1].split('.')[0]}.py"
             if reference and not code.is_file():
                 problems.append(f"{code.name} is missing")
+    if (folder / "adapter_config.json").is_file():
+        problems.append("adapter_config.json has transformers load the model that it names instead")
     if not list(folder.glob("*.safetensors")):
         problems.append("there are no safetensors weights")
     _refuse(folder, list(dict.fromkeys(problems)), "publish the folder that `delta-llava convert` wrote")
+    check_output_folder(folder, str(folder), "holds no model", is_ours=True)
+    refuse_foreign_code(folder)
     return config
 
 
@@ -207,6 +216,7 @@ def preflight(
     card = check_card(folder, licence)
     check_snippets(folder, card, repo_id)
     paths = check_contents(folder, exclude)
+    check_code(folder)  # the load check runs it
     if "quantization_config" in config:
         say("quantised weights: verified by loading them")
         load = True

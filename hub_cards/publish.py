@@ -17,6 +17,7 @@ from modeling_delta_llava.hub_cards.manifest import as_json
 from modeling_delta_llava.hub_cards.metadata import check_reference, check_repository
 from modeling_delta_llava.hub_cards.preflight import Preflight, preflight
 from modeling_delta_llava.hub_cards.transfer import MAIN, PULL_REQUEST, Report, Request
+from modeling_delta_llava.redaction import holds_secret
 
 COLLECTION_TITLE = "Delta-LLaVA"
 HOUR = 3600.0
@@ -124,6 +125,8 @@ def run_worker(order: dict, time_limit: float, say: Callable[[str], None]) -> di
 def check_options(repo_id: str, options: PublishOptions) -> None:
     """Raises `UserError` for a repository name or options that cannot work."""
     check_repository(repo_id)
+    if holds_secret(f"{options.message} {options.collection}"):
+        raise UserError("--message or --collection holds a token or a password: everybody could read it on the Hub")
     for name in (options.revision, *([] if options.tag is None else [options.tag])):
         check_reference(name)
     if options.create_pr and options.tag:

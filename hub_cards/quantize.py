@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modeling_delta_llava.errors import UserError
+from modeling_delta_llava.folders import check_output_folder, refuse_foreign_code
 from modeling_delta_llava.hub_cards.card import DEFAULT_REVISION, SKIP_MODULES, read_config, write_card
 from modeling_delta_llava.hub_cards.metadata import check_repository, load_card, snippet_repositories
 
@@ -35,8 +36,8 @@ def _check(folder: Path, output: Path, bits: int, base_model: str | None, repo_i
         raise UserError(f"--bits {bits}: bitsandbytes quantises to 4 or 8 bits")
     if "quantization_config" in config:
         raise UserError(f"{folder} is quantised already: give the folder it was made from")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} exists and is not empty: name a new folder")
+    refuse_foreign_code(folder)
+    check_output_folder(output, str(output), "is not empty", is_ours=False)
     known = base_model or _source_repository(folder)
     if known is None:
         raise UserError(
@@ -77,12 +78,15 @@ def quantize(
         `output`, which loads with plain `from_pretrained(..., trust_remote_code=True)` on CPU and GPU.
 
     Raises:
-        UserError: bitsandbytes is missing, the source is no Delta-LLaVA folder, or `output` is not empty.
+        UserError: bitsandbytes is missing, the source is no Delta-LLaVA folder or brings code that is not this
+            package's, or `output` is not empty or no place for a model.
     """
     folder, output = Path(folder), Path(output)
     base = _check(folder, output, bits, base_model, repo_id)
     import torch
-    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
+
+    from modeling_delta_llava import DeltaLlavaForConditionalGeneration
 
     options = {"llm_int8_skip_modules": list(skip_modules)}
     if bits == 4:
@@ -95,9 +99,9 @@ def quantize(
     else:
         options["load_in_8bit"] = True
     where = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForImageTextToText.from_pretrained(
+    # With this package's code, whatever the folder holds.
+    model = DeltaLlavaForConditionalGeneration.from_pretrained(
         folder,
-        trust_remote_code=True,
         dtype=torch.bfloat16,
         quantization_config=BitsAndBytesConfig(**options),
         device_map={"": where},

@@ -4,6 +4,8 @@ import fnmatch
 import re
 from pathlib import Path
 
+from modeling_delta_llava.redaction import tokens_in_use
+
 TEXT_LIMIT = 32 * 2**20
 """Larger files are weights or data; a secret scanner does not read them either."""
 
@@ -61,10 +63,16 @@ def secret_in(file: Path) -> str | None:
 
     The secret itself is never part of the answer.
     """
-    if file.suffix == ".safetensors" or file.stat().st_size > TEXT_LIMIT:
+    if file.suffix == ".safetensors":
+        with file.open("rb") as stream:
+            header = int.from_bytes(stream.read(8), "little")  # where text may stand
+            content = stream.read(min(header, TEXT_LIMIT))
+    elif file.stat().st_size > TEXT_LIMIT:
         return None
-    content = file.read_bytes()
-    for kind, pattern in SECRET_PATTERNS.items():
+    else:
+        content = file.read_bytes()
+    used = [("the Hub token in use", re.compile(re.escape(token.encode()))) for token in tokens_in_use()]
+    for kind, pattern in (*SECRET_PATTERNS.items(), *used):
         match = pattern.search(content)
         if match:
             line = content.count(b"\n", 0, match.start()) + 1

@@ -23,8 +23,9 @@ from huggingface_hub.utils import logging as hub_logging
 
 from modeling_delta_llava import __version__
 from modeling_delta_llava.errors import UserError
-from modeling_delta_llava.hub_cards.hub_errors import is_transient, one_line, retry_after, scrub, status_of
+from modeling_delta_llava.hub_cards.hub_errors import is_transient, one_line, retry_after, status_of
 from modeling_delta_llava.hub_cards.manifest import Difference, FileHash, compare, from_json
+from modeling_delta_llava.redaction import ScrubbedRecords, scrub
 
 MAIN = "main"
 PULL_REQUEST = "refs/pr/"
@@ -240,7 +241,7 @@ class Transfer:
                     if now != head:
                         head = self.rebase(head, difference)
                 continue
-            return (info.pr_revision or request.revision), info.oid, info.pr_url
+            return (info.pr_revision or request.revision), info.oid, info.pr_url and scrub(info.pr_url)
         raise AssertionError("the last attempt returns or raises")
 
     def rebase(self, old: str, difference: Difference) -> str:
@@ -260,7 +261,7 @@ class Transfer:
         return now
 
     def pull_request_url(self, reference: str) -> str:
-        return f"{self.api.endpoint}/{self.repo_id}/discussions/{reference.removeprefix(PULL_REQUEST)}"
+        return scrub(f"{self.api.endpoint}/{self.repo_id}/discussions/{reference.removeprefix(PULL_REQUEST)}")
 
     def verify(self, commit: str) -> Difference:
         """What the Hub holds at `commit` against the local files: names, sizes, hashes, and the code byte by byte."""
@@ -299,7 +300,7 @@ class Transfer:
         started = time.monotonic()
         name = self.call("checking the token", self.api.whoami).get("name")
         self.say(f"publishing as {name}")
-        url = f"{self.api.endpoint}/{self.repo_id}"
+        url = scrub(f"{self.api.endpoint}/{self.repo_id}")
         self.check_pinned()
         if not self.prepare():
             size = sum(file.size for file in self.files)
@@ -376,14 +377,6 @@ def add_to_collection(api: HfApi, name: str, namespace: str, repo_ids: list[str]
     return slug
 
 
-class _ScrubbedRecords(logging.Filter):
-    """Takes tokens and signed addresses out of what huggingface_hub logs."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = scrub(record.getMessage()), ()
-        return True
-
-
 def _end_with_parent(stream: TextIO) -> None:
     """Ends this process when the one that started it has gone."""
     stream.read()
@@ -401,14 +394,14 @@ def main() -> int:
     threading.Thread(target=_end_with_parent, args=(sys.stdin,), daemon=True).start()
     hub_logging.get_logger()
     for handler in logging.getLogger("huggingface_hub").handlers:
-        handler.addFilter(_ScrubbedRecords())
+        handler.addFilter(ScrubbedRecords())
     request = Request(**order["request"])
     transfer = Transfer(request, lambda text: emit("note", text=scrub(text)))
     try:
         if "collection" in order:
             namespace = request.repo_id.split("/")[0]
             slug = add_to_collection(transfer.api, order["collection"], namespace, order["repo_ids"], transfer.call)
-            emit("collection", slug=slug, url=f"{transfer.api.endpoint}/collections/{slug}")
+            emit("collection", slug=slug, url=scrub(f"{transfer.api.endpoint}/collections/{slug}"))
         else:
             emit("report", **asdict(transfer.run()))
     except UserError as error:

@@ -1,6 +1,5 @@
 """`delta-llava ask`: one question about pictures, answered as a stream of text."""
 
-import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -122,10 +121,7 @@ def ask(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     network, processor = load(model, revision, device, dtype)
-    if hasattr(network, "fuse_projector"):
-        with contextlib.suppress(ValueError):  # quantised or offloaded: the plain projector computes the same
-            network.fuse_projector()
-    elif budgets is not None:
+    if budgets is not None and network.config.model_type != "delta_llava":
         raise UserError(f"{model} is of type {network.config.model_type}, which has no --num-visual-tokens")
 
     content = [{"type": "image", "image": picture} for picture in pictures]

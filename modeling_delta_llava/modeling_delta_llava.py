@@ -139,12 +139,13 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         config = self.config
         kwargs |= {"output_hidden_states": True, "return_dict": True}
         outputs = self.vision_tower(pixel_values, **kwargs)
-        # Layers of a tower on several devices meet on the projector's.
-        reference = self.multi_modal_projector.query_projection.norm.weight
+        dtype = self.multi_modal_projector.query_projection.norm.weight.dtype
+        # Layers of a tower that is spread over devices meet on the last one's.
+        device = outputs.hidden_states[-1].device
         first_patch = 1 if config.vision_feature_select_strategy == "default" else 0
 
         def patches(layer: int) -> torch.Tensor:
-            return outputs.hidden_states[config.hidden_state_index(layer)][:, first_patch:].to(reference)
+            return outputs.hidden_states[config.hidden_state_index(layer)][:, first_patch:].to(device, dtype)
 
         query_features = patches(config.query_feature_layer)
         if query_features.shape[1] != config.num_patches:
@@ -177,6 +178,8 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             `(images, V, D)` where all have one budget and as a list otherwise; `last_hidden_state` is the query
             stream `(images, N, C)`; `hidden_states` and `attentions` are the tower's, when asked for.
         """
+        if pixel_values.shape[0] == 0:
+            return BaseModelOutputWithPooling(pooler_output=[])
         budgets = self.check_budgets(num_visual_tokens, pixel_values.shape[0])
         query_features, memory_features, outputs = self.get_patch_features(pixel_values, **kwargs)
         if isinstance(budgets, int):
@@ -194,10 +197,10 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None,
         inputs_embeds: torch.FloatTensor,
-        image_features: torch.FloatTensor | None = None,
+        image_features: list[torch.Tensor] | None = None,
     ) -> torch.BoolTensor:
         """
-        Where image tokens stand, `(batch, sequence)`; checked against `image_features` `(sum of V, D)`.
+        Where image tokens stand, `(batch, sequence)`; checked against `image_features`, one `(V, D)` tensor per image.
 
         Raises:
             ValueError: if the number of image tokens is not the number of visual tokens.
@@ -208,13 +211,15 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
         if image_features is not None:
-            num_features = image_features.shape[0]
+            counts = [tokens.shape[0] for tokens in image_features]
             torch_compilable_check(
-                mask.sum() == num_features,
+                mask.sum() == sum(counts),
                 lambda: (
                     f"Image tokens and image features do not match: the prompt holds {int(mask.sum())} image tokens, "
-                    f"but the images gave {num_features} visual tokens. Give processor and model the same "
-                    "num_visual_tokens, one image for every placeholder, and do not truncate prompts inside an image"
+                    f"but {len(counts)} image(s) gave {sum(counts)} visual tokens (budget "
+                    f"{', '.join(map(str, dict.fromkeys(counts)))}; the config's is {self.config.num_visual_tokens}). "
+                    "Give processor and model the same num_visual_tokens, one image for every placeholder, and do not "
+                    "truncate prompts inside an image"
                 ),
             )
         return mask
@@ -250,6 +255,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        cached = cache_argument(past_key_values, cache)
 
         images = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
@@ -257,19 +263,18 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
                 raise ValueError("Give images once: as pixel_values or as mm_encoder_outputs")
             images = self.get_image_features(pixel_values, num_visual_tokens, return_dict=True)
         visual_tokens = None
-        if images is not None:
+        if images is not None and len(images.pooler_output) > 0:
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, images.pooler_output)
             visual_tokens = torch.cat([tokens.to(inputs_embeds) for tokens in images.pooler_output])  # [sum of V, D]
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds, visual_tokens)
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), visual_tokens)
-        elif input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
-            # More than one token is a prompt: its images must have come with it.
-            self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds[0, :0])
+        elif input_ids is not None and not cached and not torch.compiler.is_compiling():
+            self.get_placeholder_mask(input_ids, inputs_embeds, [])  # no image was forgotten
 
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            **cache_argument(past_key_values, cache),
+            **cached,
             **kwargs,
         )
         return DeltaLlavaModelOutputWithPast(
@@ -407,21 +412,21 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         if isinstance(kwargs.get("num_visual_tokens"), (list, np.ndarray)):
             kwargs["num_visual_tokens"] = torch.as_tensor(kwargs["num_visual_tokens"])
 
+        settings = (args[0] if args else kwargs.get("generation_config")) or self.generation_config
+
+        def setting(name: str):
+            return kwargs.get(name, getattr(settings, name, None))
+
         tokens_per_image = self._tokens_per_image(kwargs)
-        if tokens_per_image and prompt is not None:
-            settings = (args[0] if args else kwargs.get("generation_config")) or self.generation_config
-
-            def setting(name: str):
-                return kwargs.get(name, getattr(settings, name, None))
-
+        if prompt is not None and not (setting("is_assistant") and not tokens_per_image):  # drafts may see no image
             mask = self._image_token_mask(prompt)
             # A continued turn may bring the new images alone.
             if CACHE_NAME not in kwargs or mask.sum() == sum(tokens_per_image):
                 rows = self._images_of_rows(mask.sum(-1).tolist(), tokens_per_image)
                 expanded = max(setting("num_beams") or 1, setting("num_return_sequences") or 1) > 1
-                if expanded and ("mm_encoder_outputs" in kwargs or any(len(row) != 1 for row in rows)):
+                if expanded and any(rows) and ("mm_encoder_outputs" in kwargs or any(len(row) != 1 for row in rows)):
                     require_transformers("5.19", "Several sequences from a prompt without exactly one image")
-            if setting("prefill_chunk_size"):
+            if tokens_per_image and setting("prefill_chunk_size"):
                 require_transformers("5.23", "prefill_chunk_size with images")
         return super().generate(inputs, *args, **kwargs)
 

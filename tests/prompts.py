@@ -2,6 +2,7 @@
 
 import torch
 from transformers import LlamaForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tests.tiny import IMAGE_TOKEN_ID
 
@@ -58,6 +59,11 @@ def encode_alone(model, pixels: torch.Tensor, budgets: list[int] | None = None) 
             model.get_image_features(picture[None], budget).pooler_output[0]
             for picture, budget in zip(pixels, budgets, strict=True)
         ]
+
+
+def encoded(visual_tokens: list[torch.Tensor]) -> dict:
+    """Pictures that were encoded before, as `generate` and `forward` take them."""
+    return {"image": BaseModelOutputWithPooling(pooler_output=visual_tokens)}
 
 
 def new_tokens(output: torch.Tensor, inputs: dict) -> torch.Tensor:

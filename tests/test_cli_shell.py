@@ -10,15 +10,7 @@ import typer
 import delta_llava_cli as cli
 from modeling_delta_llava.errors import UserError
 
-
-def run_module(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "delta_llava_cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, **environment},
-    )
+HEAVY = ("torch", "transformers", "huggingface_hub", "numpy", "PIL", "safetensors", "datasets")
 
 
 @pytest.fixture
@@ -32,6 +24,22 @@ def failing_command(monkeypatch):
         raise raised["error"]
 
     return raised
+
+
+def test_help_and_version_import_nothing_heavy():
+    """Of the program and of every command, in one process."""
+    names = [command.name or command.callback.__name__.replace("_", "-") for command in cli.app.registered_commands]
+    calls = [["--version"], ["-h"], ["--help"], *([name, "--help"] for name in names)]
+    code = (
+        "import sys\n"
+        "from delta_llava_cli import main\n"
+        f"statuses = [main(arguments) for arguments in {calls!r}]\n"
+        f"heavy = [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "assert not heavy, heavy\n"
+        "assert not any(statuses), statuses"
+    )
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert completed.returncode == 0, completed.stderr
 
 
 def test_every_command_has_help_and_a_section():
@@ -53,6 +61,14 @@ def test_console_script_is_installed():
     completed = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=120)
     assert completed.returncode == 0, completed.stderr
     assert completed.stdout.startswith("delta-llava ")
+
+
+def test_status_of_the_process_is_that_of_the_command():
+    completed = subprocess.run(
+        [sys.executable, "-m", "delta_llava_cli", "nonsense"], capture_output=True, text=True, timeout=120
+    )
+    assert completed.returncode == 2
+    assert completed.stderr.startswith("error: ")
 
 
 @pytest.mark.parametrize(
@@ -128,11 +144,12 @@ def test_traceback_variable_set_to_zero_means_off(monkeypatch, failing_command):
     assert cli.main(["fail"]) == 2
 
 
-def test_no_arguments_prints_the_help():
-    completed = run_module()
-    assert completed.returncode == 0, completed.stderr
-    assert "Usage: delta-llava" in completed.stdout
-    assert completed.stdout == run_module("--help").stdout
+def test_no_arguments_prints_the_help(capsys):
+    assert cli.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "Usage: delta-llava" in printed
+    assert cli.main(["--help"]) == 0
+    assert capsys.readouterr().out == printed
 
 
 def test_reader_that_leaves_early_gets_no_traceback():

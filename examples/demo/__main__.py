@@ -23,6 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from modeling_delta_llava.errors import UserError
+from modeling_delta_llava.folders import check_output_folder
 
 from . import exam
 from .drawings import DrawnSet, distinct_scenes, write_set
@@ -59,11 +60,11 @@ def clear_output(output: Path) -> None:
     """Makes an empty folder for the demo; what an earlier demo wrote there is replaced.
 
     Raises:
-        UserError: the folder holds something else.
+        UserError: the folder holds something else, or is a place that must not be replaced.
     """
+    is_ours = (output / MARKER_FILE).is_file()
+    check_output_folder(output, str(output), "no demo wrote it", is_ours, replaces=True)
     if output.exists():
-        if not output.is_dir() or (any(output.iterdir()) and not (output / MARKER_FILE).is_file()):
-            raise UserError(f"{output} exists and no demo wrote it; give another folder as --output")
         shutil.rmtree(output)
     output.mkdir(parents=True)
     (output / MARKER_FILE).touch()

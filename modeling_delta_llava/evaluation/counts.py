@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
 from modeling_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
-from modeling_delta_llava.generation_delta_llava import CACHE_NAME
+from modeling_delta_llava.modeling_delta_llava import CACHE_NAME
 
 PAPER_TEXT_TOKENS = 68
 """Text tokens of the paper's Figure 3: with them its prefill counts follow at every budget."""
@@ -103,59 +103,41 @@ def tower_flops(config: DeltaLlavaConfig, num_layers: int | None = None) -> int:
     d, patches = vision.hidden_size, config.num_patches
     tokens = patches + (config.vision_feature_select_strategy == "default")
     if num_layers is None:
-        num_layers = used_tower_layers(config)
+        num_layers = config.num_tower_layers
     embedding = 2 * patches * d * getattr(vision, "num_channels", 3) * vision.patch_size**2
     layer = 2 * tokens * (4 * d**2 + 2 * d * vision.intermediate_size) + 4 * tokens**2 * d
     return embedding + num_layers * layer
 
 
-def used_tower_layers(config: DeltaLlavaConfig) -> int:
-    """Layers of the tower that the projector's features depend on."""
-    return max(
-        config.hidden_state_index(index) for index in (config.query_feature_layer, *config.memory_feature_layers)
-    )
-
-
-def projector_flops(config: DeltaLlavaConfig, num_visual_tokens: int, fused: bool = False) -> int:
+def projector_flops(config: DeltaLlavaConfig, num_visual_tokens: int) -> int:
     """Eq. 12-13 written out for the released projector at one budget, in inference.
 
     Args:
         config: geometry.
         num_visual_tokens: V, a legal budget.
-        fused: count the arrangement of `fuse_projector()` in place of the plain one.
     """
     N, V = config.num_patches, num_visual_tokens
     C, D, rank = config.projector_hidden_size, config.text_config.hidden_size, config.delta_rank
     streams = config.vision_config.hidden_size * len(config.memory_feature_layers)
-    update = 0 if fused else 1
-    memory_projection = 2 * N * (streams * C + update * rank * (streams + C))
+    memory_projection = 2 * N * (streams * C + rank * (streams + C))
     if V == N:
-        if fused:
-            return memory_projection + 2 * N * (C * D + D**2)
         return memory_projection + 2 * N * (2 * C**2 + C * D + D**2)
-    heads = config.projector_num_attention_heads
-    query = _query_flops(config, V, fused)
-    if fused:
-        # Each query is carried to the width of the keys, each pooled value back: twice C x C per visual token.
-        attention = 2 * V * 3 * C**2 + 4 * N * heads * C
-        return 2 * memory_projection + query + attention + 2 * V * (C * D + D**2)
+    query = _query_flops(config, V)
     attention = 2 * C**2 * (2 * V + 2 * N) + 4 * N * C
     return 2 * memory_projection + query + attention + 2 * V * (C * D + D**2)
 
 
-def _query_flops(config: DeltaLlavaConfig, num_visual_tokens: int, fused: bool) -> int:
+def _query_flops(config: DeltaLlavaConfig, num_visual_tokens: int) -> int:
     """The transformer block (EMHSA, MHCA, MLP) and the query's DeltaProjection."""
     V, C, rank = num_visual_tokens, config.projector_hidden_size, config.delta_rank
     query_width = config.vision_config.hidden_size
     width = C if config.use_transformer_block else query_width
-    projection = 2 * V * (width * C + (0 if fused else rank * (width + C)))
+    projection = 2 * V * (width * C + rank * (width + C))
     if not config.use_transformer_block:
         return projection
     A, hidden = config.block_attention_size, config.block_mlp_ratio * C
-    M = C - A
-    block = query_width * A + A * M + 9 * M * config.block_head_dim + 2 * C * hidden
-    # Fused, the mixer's output projection lives in the two linear maps that follow it.
-    block += 0 if fused else M**2
+    L = C - A
+    block = query_width * A + A * L + 9 * L * config.block_head_dim + L**2 + 2 * C * hidden
     flops = projection + 2 * V * block
     if config.use_emhsa:
         window = config.spatial_reduction**2
@@ -169,7 +151,6 @@ def closed_form(
     num_visual_tokens: int,
     text_tokens: int = PAPER_TEXT_TOKENS,
     new_tokens: int = PAPER_NEW_TOKENS,
-    fused: bool = False,
 ) -> Flops:
     """Exact counts of one question about one image, answered with `new_tokens` tokens (Eq. 16).
 
@@ -180,13 +161,12 @@ def closed_form(
         num_visual_tokens: V.
         text_tokens: T.
         new_tokens: G.
-        fused: count the projector as `fuse_projector()` arranges it.
     """
     text = TextGeometry.of(config.text_config)
     sequence = text_tokens + num_visual_tokens
     return Flops(
         vision_tower=tower_flops(config),
-        projector=projector_flops(config, num_visual_tokens, fused),
+        projector=projector_flops(config, num_visual_tokens),
         prefill=text.prefill_flops(sequence),
         decode=text.decode_flops(sequence, max(new_tokens - 1, 0)),
     )

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers.utils import logging
 
 from modeling_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from modeling_delta_llava.errors import UserError
@@ -32,8 +31,6 @@ from .units import flop_unit, readable_number
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-logger = logging.get_logger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -90,7 +87,7 @@ def count(
     """Parameters, FLOPs and cache bytes at every budget, without weights.
 
     The result has `parameters` and `budgets`, a list with one entry per budget: FLOPs by component `counted` by
-    torch, in `closed_form` (plain and fused projector; left out for decoders it does not describe) and in the
+    torch, in `closed_form` (left out for decoders it does not describe) and in the
     `paper_convention`; `key_value_cache_bytes` in 16 bit for prompt and answer.
     """
     model = meta_model(config)
@@ -99,8 +96,7 @@ def count(
         row: dict[str, Any] = {"num_visual_tokens": budget}
         row["flops"] = {"counted": counted(model, budget, text_tokens, new_tokens).to_dict()}
         if has_closed_form(config.text_config):
-            for name, fused in (("closed_form", False), ("closed_form_fused_projector", True)):
-                row["flops"][name] = closed_form(config, budget, text_tokens, new_tokens, fused).to_dict()
+            row["flops"]["closed_form"] = closed_form(config, budget, text_tokens, new_tokens).to_dict()
             row["flops"]["paper_convention"] = paper_convention(config, budget, text_tokens, new_tokens).to_dict()
         geometry = TextGeometry.of(config.text_config)
         row["key_value_cache_bytes"] = geometry.key_value_bytes(text_tokens + budget + new_tokens)
@@ -148,9 +144,9 @@ def profile(
     """
     if png_file is not None:
         figure.check(png_file)
-    for file in (json_file, png_file):
+    for file, mark in ((json_file, b'"num_visual_tokens"'), (png_file, b"Matplotlib")):
         if file is not None:
-            check_writable(file)
+            check_writable(file, mark)
     budgets = check_budgets(config, budgets)
     place = check_device(device)
     if dtype is not None and dtype not in DTYPES:
@@ -167,7 +163,7 @@ def profile(
             model = random_model(config, place, DTYPES[dtype or "bfloat16"])
         else:
             model = load_model(weights, place, DTYPES[dtype] if dtype else "auto")
-        document = measured(fuse_if_possible(model), document, batch_size, repeats)
+        document = measured(model, document, batch_size, repeats)
     if json_file is not None:
         write_json(document, json_file)
     if png_file is not None:
@@ -175,9 +171,15 @@ def profile(
     return document
 
 
-def check_writable(file: Path):
-    """Makes the folder of a result file, and raises `UserError` if the file cannot be written there."""
+def check_writable(file: Path, mark: bytes):
+    """Makes the folder of a result file, which may hold an earlier result: something with `mark` in it.
+
+    Raises:
+        UserError: the file cannot be written there, or holds something else than an earlier result.
+    """
     try:
+        if file.is_file() and file.stat().st_size and mark not in file.read_bytes():
+            raise UserError(f"{file} exists and `profile` did not write it; give another file")
         file.parent.mkdir(parents=True, exist_ok=True)
         existed = file.exists()
         with file.open("a"):
@@ -230,15 +232,6 @@ def random_model(
         torch.set_default_dtype(previous)
 
 
-def fuse_if_possible(model: DeltaLlavaForConditionalGeneration) -> DeltaLlavaForConditionalGeneration:
-    """Fuse the projector; where its weights do not allow that, say why and leave it plain."""
-    try:
-        model.fuse_projector()
-    except ValueError as reason:
-        logger.warning(str(reason))
-    return model
-
-
 def measured(
     model: DeltaLlavaForConditionalGeneration, document: dict[str, Any], batch_size: int = 8, repeats: int = 5
 ) -> dict[str, Any]:
@@ -260,7 +253,6 @@ def measured(
         "device_type": device.type,
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "fused_projector": model.model.multi_modal_projector.fused is not None,
         "repeats": repeats,
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
@@ -292,8 +284,7 @@ def table(document: dict[str, Any]) -> "Table":
         headings += ["Tower ms", "Projector ms", "Prefill ms", "First token ms", "Decode tokens/s", "Requests/s"]
         headings += ["Peak MiB"]
         result.caption += (
-            f" Measured on {about['device']} in {about['dtype']}, projector "
-            f"{'fused' if about['fused_projector'] else 'plain'}; requests/s at batch "
+            f" Measured on {about['device']} in {about['dtype']}; requests/s at batch "
             f"{document['budgets'][0]['measured']['batch_size']}."
         )
     for heading in headings:

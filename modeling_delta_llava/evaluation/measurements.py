@@ -126,7 +126,7 @@ def measure(
     """Measure answering one question about one image at one budget.
 
     Args:
-        model: in evaluation mode, projector fused or not, on its device.
+        model: in evaluation mode, on its device.
         num_visual_tokens: V.
         text_tokens: T.
         new_tokens: G >= 2; exactly so many are generated.
@@ -139,18 +139,18 @@ def measure(
     settings |= {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
 
     def tower():
-        return inner._patch_features(inputs["pixel_values"])
+        return inner.get_patch_features(inputs["pixel_values"])
 
     streams = tower()[:2]
     scale = model.config.scale_factor(num_visual_tokens)
-    visual_tokens = list(inner.multi_modal_projector(*streams, scale))
+    encoded = {"image": inner.get_image_features(inputs["pixel_values"], num_visual_tokens, return_dict=True)}
     text_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
     reset_peak_memory(device)
     tower_s = seconds_of(tower, device, repeats)
     projector_s = seconds_of(lambda: inner.multi_modal_projector(*streams, scale), device, repeats)
     prefill_s = seconds_of(
-        lambda: model(**text_inputs, image_features=visual_tokens, logits_to_keep=1, use_cache=True), device, repeats
+        lambda: model(**text_inputs, mm_encoder_outputs=encoded, logits_to_keep=1, use_cache=True), device, repeats
     )
     model.generate(**inputs, **settings)
     clocks, answers = [], []

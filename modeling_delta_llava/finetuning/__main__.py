@@ -5,6 +5,7 @@ import sys
 import torch.distributed as dist
 
 from ..errors import UserError
+from ..redaction import scrub
 from .checkpoints import one_line
 from .run import finetune
 
@@ -20,7 +21,7 @@ def main(arguments: list[str]) -> int:
             dist.barrier()  # no process leaves while another still talks to it
             dist.destroy_process_group()
     except (UserError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {scrub(one_line(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

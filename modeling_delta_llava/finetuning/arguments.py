@@ -17,6 +17,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_torch_tf32_available
 
 from ..errors import UserError
+from ..redaction import hide, holds_secret
 from .checkpoints import run_identity
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
@@ -261,7 +262,18 @@ def build_arguments(settings: dict[str, Any], where: str = "the settings") -> Ru
     check_data = settings.pop("check_data", False)
     if not isinstance(check_data, bool):
         raise UserError(f"{where}: check_data must be true or false, found {check_data!r}")
+    token = settings.pop("hub_token", None)
+    if token is not None:
+        if not isinstance(token, str):
+            raise UserError(f"{where}: hub_token must be text; leave it out and set HF_TOKEN")
+        hide(token)
+        groups[DeltaLlavaTrainingArguments]["hub_token"] = token
     for key, value in settings.items():
+        if holds_secret(f"{key} {value}"):
+            raise UserError(
+                f"{where}: {key} holds a token or a password, which every save would repeat; take it out and set "
+                "HF_TOKEN, or run `hf auth login`"
+            )
         if key not in known:
             near = difflib.get_close_matches(key, known, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "see `delta-llava finetune --list-settings`"

@@ -21,12 +21,13 @@ UNFINISHED_FOLDER = "_unfinished"
 COMPLETE_FOLDER = "complete"
 SETTINGS_FILE = "_finetuning.yaml"
 TRAINER_STATE_FILE = "trainer_state.json"
+TRAINING_ARGS_FILE = "training_args.bin"
 # Without these no library loads a folder.
 ENTRY_FILES = ("config.json", "adapter_config.json")
 WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 # What a checkpoint has beyond its Hub files.
 RESUME_FILES = (
-    *(TRAINER_STATE_FILE, "optimizer*", "scheduler*", "scaler*", "rng_state*"),
+    *(TRAINER_STATE_FILE, TRAINING_ARGS_FILE, "optimizer*", "scheduler*", "scaler*", "rng_state*"),
     *("global_step*", "latest", "zero_to_fp32.py", "pytorch_model_fsdp*"),
 )
 # What a run must keep when it is resumed: settings that decide which weights and which data a checkpoint stands for.
@@ -88,8 +89,7 @@ def run_identity(model: Any, data: Any, training: Any) -> dict[str, Any]:
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Stores the settings of a run in a folder, to be compared when it is resumed. Secrets are left out."""
-    settings = {name: value for name, value in settings.items() if not name.endswith("token")}
+    """Stores the settings of a run in a folder, to be compared when it is resumed; they hold no token."""
     (folder / SETTINGS_FILE).write_text(yaml.safe_dump(settings, sort_keys=True, allow_unicode=True), encoding="utf-8")
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 
 from .data import SkippedExample, TrainingExample
 from .text import IGNORED_LABEL, expand
@@ -33,7 +34,8 @@ class DeltaLlavaCollator:
             `input_ids`, `attention_mask` and `labels` of shape (rows, longest), int64; when there are pictures
             `pixel_values` of shape (pictures, 3, height, width) and, when the sampler drew a budget,
             `num_visual_tokens` of shape (pictures,); and the reasons of rows left out under `SKIPPED_KEY`.
-            A batch in which every row is left out becomes one row that has no labels.
+            A batch in which every row is left out becomes one row that has no labels. A batch without a picture gets a
+            black one in masked padding: several processes wait for the gradient of every projector weight.
         """
         skipped: list[str] = []
         rows, pictures, budgets = [], [], []
@@ -52,6 +54,12 @@ class DeltaLlavaCollator:
             pictures += example.images[: row.num_images]
             budgets += [budget] * row.num_images
         width = max((len(row.input_ids) for row in rows), default=1)
+        blank = None
+        if not pictures:
+            start = len(rows[0].input_ids) if rows else 1
+            budgets = [next((each.num_visual_tokens for each in examples if drawn), None) or self.default_budget]
+            blank = slice(start, start + budgets[0])
+            width = max(width, blank.stop)
         batch: dict[str, Any] = {
             "input_ids": torch.full((max(len(rows), 1), width), self.pad_token_id),
             "attention_mask": torch.zeros((max(len(rows), 1), width), dtype=torch.int64),
@@ -64,9 +72,11 @@ class DeltaLlavaCollator:
             batch["labels"][place, :length] = torch.tensor(row.labels)
         if not rows:
             batch["attention_mask"][:, 0] = 1
-        if pictures:
-            batch["pixel_values"] = self.image_processor(pictures, return_tensors="pt")["pixel_values"]
-            if drawn:
-                batch["num_visual_tokens"] = torch.tensor(budgets)
+        if blank is not None:
+            batch["input_ids"][0, blank] = self.image_token_id
+            pictures = [Image.new("RGB", (1, 1))]
+        batch["pixel_values"] = self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        if drawn:
+            batch["num_visual_tokens"] = torch.tensor(budgets)
         batch[SKIPPED_KEY] = skipped
         return batch

@@ -70,19 +70,14 @@ def describe_parts(counts: list[PartCount]) -> str:
 
 
 def set_trained(model: nn.Module, arguments: ModelArguments) -> None:
-    """Freezes everything, then lets the asked-for parts train. Layers of the tower that nothing reads stay frozen."""
+    """Freezes everything, then lets the asked-for parts train. What nothing reads of the tower stays frozen."""
     trained = {
         VISION_TOWER: arguments.train_vision_tower,
         PROJECTOR: arguments.train_projector,
         LANGUAGE_MODEL: arguments.train_language_model,
     }
-    config = model.config
-    layers = [config.query_feature_layer, *config.memory_feature_layers]
-    highest = max(config.hidden_state_index(layer) for layer in layers)
     for name, parameter in model.named_parameters():
-        layer = re.search(r"vision_tower\.(?:.*\.)?layers\.(\d+)\.", name)
-        unread = layer is not None and int(layer.group(1)) >= highest
-        unread = unread or re.search(r"vision_tower\.(?:.*\.)?(?:post_layernorm|head)\.", name) is not None
+        unread = re.search(r"vision_tower\.(?:.*\.)?(?:post_layernorm|head)\.", name) is not None
         if parameter.is_floating_point():
             parameter.requires_grad_(trained[part_of(name)] and not unread)
 

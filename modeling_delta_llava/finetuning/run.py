@@ -9,6 +9,8 @@ import torch
 import transformers
 
 from ..errors import UserError
+from ..folders import check_output_folder
+from ..redaction import ScrubbedRecords
 from .arguments import ModelArguments, RunArguments, load_arguments
 from .check_data import check_data
 from .checkpoints import (
@@ -18,6 +20,7 @@ from .checkpoints import (
     checkpoint_to_resume,
     is_no_space,
     one_line,
+    write_settings,
 )
 from .collator import DeltaLlavaCollator
 from .data import ConversationDataset, StreamedDataset, check_rows, load_rows, missing_images
@@ -37,6 +40,8 @@ from .text import ConversationEncoder
 from .trainer import DeltaLlavaTrainer
 
 logger = logging.getLogger(__name__)
+# One object, which a handler takes once.
+SCRUBBED = ScrubbedRecords()
 
 
 def finetune(config: str, overrides: list[str] | None = None) -> Path | None:
@@ -97,6 +102,9 @@ def set_up_logging(arguments: RunArguments) -> None:
         handler.setFormatter(logging.Formatter("%(message)s"))
         package_logger.addHandler(handler)
         package_logger.propagate = False
+    for name in (__package__, "transformers", "huggingface_hub"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(SCRUBBED)
 
 
 def model_folder(arguments: RunArguments) -> Path:
@@ -171,16 +179,22 @@ def open_dataset(arguments: RunArguments, encoder: ConversationEncoder, evaluati
     )
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether `finetune` made a folder, or a checkpoint or the composed model in it."""
+    made = (folder, folder / BASE_FOLDER, *folder.glob("checkpoint-*"))
+    return any((place / SETTINGS_FILE).is_file() for place in made)
+
+
 def check_output_dir(output_dir: Path, model: ModelArguments) -> None:
-    """Raises `UserError` when a run in this folder would overwrite a model that is not its own."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"output_dir: {output_dir} is a file; give a folder")
+    """Raises `UserError` unless the folder is empty or holds a run, and is a place for one."""
     for name in ("model", "language_model", "vision_tower"):
         start = Path(getattr(model, name) or "").expanduser()
         if getattr(model, name) and start.is_dir() and output_dir.is_dir() and start.samefile(output_dir):
             raise UserError(f"output_dir: {output_dir} is the {name} to start from; give another --output_dir")
-    if any((output_dir / name).is_file() for name in ENTRY_FILES) and not (output_dir / SETTINGS_FILE).is_file():
-        raise UserError(f"output_dir: {output_dir} holds a model that `finetune` did not write; give another folder")
+    what = "a model" if any((output_dir / name).is_file() for name in ENTRY_FILES) else "files"
+    check_output_folder(
+        output_dir, f"output_dir: {output_dir}", f"holds {what} that `finetune` did not write", holds_run(output_dir)
+    )
 
 
 def prepare(arguments: RunArguments) -> tuple[DeltaLlavaTrainer, Path | None]:
@@ -202,6 +216,8 @@ def prepare(arguments: RunArguments) -> tuple[DeltaLlavaTrainer, Path | None]:
 
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
+        if training.process_index == 0 and not (output_dir / SETTINGS_FILE).is_file():
+            write_settings(output_dir, arguments.settings)  # from now on the folder is a run's, also after a kill
     except OSError as error:
         raise UserError(f"output_dir: {output_dir} cannot be made ({error}); give another folder") from None
     folder = model_folder(arguments)

@@ -16,6 +16,7 @@ from transformers.integrations import deepspeed as deepspeed_integration
 from ..building import backbone_chat_template, build_processor, load_tokenizer, read_chat_template
 from ..configuration_delta_llava import DeltaLlavaConfig
 from ..errors import UserError
+from ..folders import refuse_foreign_code, strip_foreign_code
 from ..json_files import read_json
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
@@ -174,6 +175,8 @@ def compose(folder: Path, model: ModelArguments, data: DataArguments, seed: int 
     shutil.rmtree(unfinished, ignore_errors=True)
     composed.save_pretrained(unfinished)
     parts.processor.save_pretrained(unfinished)
+    for entry in strip_foreign_code(unfinished):
+        logger.warning("not taken over, it names code that is not this package's: %s", entry)
     write_settings(unfinished, made_from)
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
@@ -303,7 +306,7 @@ def read_model_config(folder: Path) -> DeltaLlavaConfig:
     """The config of a Delta-LLaVA folder.
 
     Raises:
-        UserError: the folder holds another kind of model, or an adapter.
+        UserError: the folder holds another kind of model, an adapter, or code that is not this package's.
     """
     if (folder / "adapter_config.json").is_file():
         raise UserError(f"model: {folder} is a LoRA adapter; merge it first with `delta-llava convert`")
@@ -313,6 +316,7 @@ def read_model_config(folder: Path) -> DeltaLlavaConfig:
             f"model: {folder} is a {config.model_type} model, no Delta-LLaVA; pass it as --language_model with a "
             "--vision_tower, or convert a training checkpoint with `delta-llava convert`"
         )
+    refuse_foreign_code(folder)
     return config
 
 

@@ -18,11 +18,13 @@ from transformers.utils import PushInProgress
 
 from ..errors import UserError
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
+from .arguments import DeltaLlavaTrainingArguments
 from .card import model_card
 from .checkpoints import (
     OPTIMIZER_BYTES,
     SAVE_ERRORS,
     TRAINER_STATE_FILE,
+    TRAINING_ARGS_FILE,
     UNFINISHED_FOLDER,
     check_disk_space,
     check_readable,
@@ -78,12 +80,18 @@ class DeltaLlavaTrainer(Trainer):
 
     def __init__(
         self,
-        *args,
+        model: torch.nn.Module,
+        args: DeltaLlavaTrainingArguments,
+        *others,
         settings: dict[str, Any] | None = None,
         card: dict[str, Any] | None = None,
         start_folder: Path | None = None,
         **kwargs,
     ):
+        # `Trainer` and its loggers write the arguments down in many places, so they hold no token.
+        self.hub_token = args.hub_token
+        args = copy.copy(args)
+        args.hub_token = None
         self.start_folder = start_folder
         self.settings = settings or {}
         self.card = card or {}
@@ -92,7 +100,7 @@ class DeltaLlavaTrainer(Trainer):
         self._skipped_since_log = 0
         self._tokens = torch.zeros(2, dtype=torch.int64)
         self._staging = False
-        super().__init__(*args, **kwargs)
+        super().__init__(model, args, *others, **kwargs)
         if self.args.n_gpu > 1:
             raise UserError(
                 f"{self.args.n_gpu} GPUs are visible to one process; start with `accelerate launch` or `torchrun`, or "
@@ -207,6 +215,7 @@ class DeltaLlavaTrainer(Trainer):
         if self.args.should_save:
             finish_move(output_dir)
             remove_unfinished(output_dir)
+            (output_dir / TRAINING_ARGS_FILE).unlink(missing_ok=True)  # of another version of this package
         if not self.args.trial_save:
             return
         if self.args.should_save:
@@ -304,6 +313,12 @@ class DeltaLlavaTrainer(Trainer):
                 use_mtime=True,
             )
 
+    def init_hf_repo(self, token: str | None = None, **kwargs) -> None:
+        super().init_hf_repo(token=token or self.hub_token, **kwargs)
+
+    def push_to_hub(self, *args, token: str | None = None, **kwargs):
+        return super().push_to_hub(*args, token=token or self.hub_token, **kwargs)
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: `Trainer` calls this while the checkpoint is still being written."""
 
@@ -324,7 +339,7 @@ class DeltaLlavaTrainer(Trainer):
         copy_hub_files(checkpoint, written)
         move_result(written, run_folder)
         remove_unfinished(run_folder)
-        common = {"token": self.args.hub_token, "revision": self.args.hub_revision, "run_as_future": True}
+        common = {"token": self.hub_token, "revision": self.args.hub_revision, "run_as_future": True}
         message = f"Training in progress, step {self.state.global_step}"
         uploads = [{"folder_path": run_folder, "commit_message": message, "ignore_patterns": ["_*", "checkpoint-*"]}]
         if self.args.hub_strategy != HubStrategy.EVERY_SAVE:
@@ -345,6 +360,8 @@ class DeltaLlavaTrainer(Trainer):
             type(self.model).__module__ = DeltaLlavaForConditionalGeneration.__module__
         super()._save(str(folder), state_dict=state_dict)
         if self.args.should_save:
+            # A pickle of every argument, with this machine's paths and name. `write_settings` stores what can be read.
+            (folder / TRAINING_ARGS_FILE).unlink(missing_ok=True)
             if not (folder / "config.json").is_file():
                 # Beside an adapter, for `convert`: it merges into the weights as they were before quantisation.
                 config = copy.deepcopy(self.model.config)

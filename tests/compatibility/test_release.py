@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 from modeling_delta_llava import configuration_delta_llava as configuration
 from modeling_delta_llava.conversion.convert import convert
 from modeling_delta_llava.conversion.verify import passed, verify
-from modeling_delta_llava.generation_delta_llava import CACHE_NAME
+from modeling_delta_llava.modeling_delta_llava import CACHE_NAME
 from tests.golden import PIXELS, PROJECTOR_ENTRIES, check_pixels, check_projector, check_text_rows, needs_reference
 from tests.prompts import (
     FIRST_TURN,

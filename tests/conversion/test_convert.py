@@ -448,6 +448,7 @@ def test_progress_bars_reach_their_end(sources, tmp_path, monkeypatch):
         pytest.param(None, ("<pad>",), 449, 450, id="one added token"),
         pytest.param(None, ("<pad>", "<extra>"), 450, 451, id="two added tokens"),
         pytest.param(512, (), 448, 512, id="padded rows are reused"),
+        pytest.param(446, ("<im_start>", "<im_end>"), 450, 451, id="two tokens without rows"),
     ],
 )
 def test_vocabulary_rows(tmp_path, vocab_size, added, image_token_id, rows):
@@ -461,8 +462,7 @@ def test_vocabulary_rows(tmp_path, vocab_size, added, image_token_id, rows):
     assert head.shape[0] == rows
     kept = source["lm_head.weight"].shape[0]
     assert torch.equal(head[:kept], source["lm_head.weight"])
-    assert image_token_id in model.generation_config.suppress_tokens
-    assert set(range(kept, rows)) <= set(model.generation_config.suppress_tokens)
+    assert model.generation_config.suppress_tokens == sorted({image_token_id, *range(kept, rows)})
     with torch.no_grad():
         states = torch.randn(500, head.shape[1]) * 5
         logits = states @ head.T

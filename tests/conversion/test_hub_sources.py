@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,13 +10,16 @@ from tests.conversion.conftest import LAYOUT, assert_same_tensors, read_tensors
 from tests.hub_cards.local_hub import Entry, LocalHub
 from tests.training_layout import write_base_model, write_stage1, write_stage2, write_tower
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture
-def hub(tmp_path):
-    with LocalHub(tmp_path / "server") as server:
-        yield server
+def run(client, tmp_path):
+    """Runs `delta-llava ARGUMENTS` as a client of the hub, in the test's folder, after the code `first`."""
+
+    def call(*arguments, first="", **variables):
+        code = f"import sys\n{first}\nfrom delta_llava_cli import main\nsys.exit(main(sys.argv[1:]))"
+        return client("-c", code, *arguments, token=None, cwd=tmp_path, **variables)
+
+    return call
 
 
 def upload(
@@ -34,22 +35,12 @@ def upload(
     hub.commit(repo, branch, entries)
 
 
-def run(
-    hub: LocalHub, tmp_path: Path, *arguments: str, start=("-m", "delta_llava_cli"), **variables: str
-) -> subprocess.CompletedProcess:
-    environment = hub.environment(tmp_path / "home", token=None) | {"PYTHONPATH": str(REPOSITORY)} | variables
-    command = [sys.executable, *start, *map(str, arguments)]
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=240, check=False, cwd=tmp_path
-    )
-
-
 def downloaded(tmp_path: Path, repo_id: str) -> set[str]:
     snapshots = tmp_path / "home" / "hub" / f"models--{repo_id.replace('/', '--')}" / "snapshots"
     return {path.name for path in snapshots.glob("*/*")}
 
 
-def test_source_and_tower_from_the_hub(hub, tmp_path):
+def test_source_and_tower_from_the_hub(hub, run, tmp_path):
     source = tmp_path / "source"
     write_stage2(source, LAYOUT, shards=2)
     config = (source / "config.json").read_text().replace(str(tmp_path / "source-tower"), "someone/tower")
@@ -58,7 +49,7 @@ def test_source_and_tower_from_the_hub(hub, tmp_path):
     upload(hub, "someone/delta", source, unneeded)
     upload(hub, "someone/tower", tmp_path / "source-tower", {"pytorch_model.bin": b"x", "tf_model.h5": b"x"})
     # On this position tqdm draws its bars on what is no terminal, too.
-    done = run(hub, tmp_path, "convert", "someone/delta", "hub", "--max-shard-size", "1MB", TQDM_POSITION="-1")
+    done = run("convert", "someone/delta", "hub", "--max-shard-size", "1MB", TQDM_POSITION="-1")
     assert done.returncode == 0, done.stderr
     assert "%|" in done.stderr, "the download has a progress bar"
     assert downloaded(tmp_path, "someone/delta") == {path.name for path in source.iterdir()}
@@ -66,37 +57,40 @@ def test_source_and_tower_from_the_hub(hub, tmp_path):
         "its weights are inside"
     )
 
-    done = run(hub, tmp_path, "verify", "hub", "--against", "someone/delta", "--no-progress", HF_HUB_OFFLINE="1")
+    hub.log.clear()
+    offline = "import huggingface_hub.constants\nhuggingface_hub.constants.HF_HUB_OFFLINE = True"
+    done = run("verify", "hub", "--against", "someone/delta", "--no-progress", first=offline)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert hub.log == []
 
-    done = run(hub, tmp_path, "export", "hub", "back")
+    done = run("export", "hub", "back")
     assert done.returncode == 0, done.stderr
     assert_same_tensors(read_tensors(tmp_path / "back"), read_tensors(source))
 
 
-def test_a_base_model_of_bin_files_and_a_tower_with_its_weights(hub, tmp_path):
+def test_a_base_model_of_bin_files_and_a_tower_with_its_weights(hub, run, tmp_path):
     write_base_model(tmp_path / "base", LAYOUT, weights_format="bin", shards=2)
     write_tower(tmp_path / "tower", LAYOUT)
     write_stage1(tmp_path / "stage1", LAYOUT, tower="someone/tower")
     for name in ("base", "tower", "stage1"):
         upload(hub, f"someone/{name}", tmp_path / name)
     arguments = ("convert", "someone/stage1", "hub", "--base-model", "someone/base", "--no-progress")
-    done = run(hub, tmp_path, *arguments, TQDM_POSITION="-1")
+    done = run(*arguments, TQDM_POSITION="-1")
     assert done.returncode == 0, done.stderr
     assert "%|" not in done.stderr
     assert "pytorch_model-00001-of-00002.bin" in downloaded(tmp_path, "someone/base")
     assert "model.safetensors" in downloaded(tmp_path, "someone/tower")
 
 
-def test_revision(hub, tmp_path):
+def test_revision(hub, run, tmp_path):
     write_stage2(tmp_path / "one", LAYOUT)
     tower = tmp_path / "one-tower"
     write_stage2(tmp_path / "two", LAYOUT, seed=5, tower=tower)
     upload(hub, "someone/delta", tmp_path / "one")
     upload(hub, "someone/delta", tmp_path / "two", branch="trained-longer")
-    done = run(hub, tmp_path, "convert", "someone/delta", "hub", "--revision", "trained-longer")
+    done = run("convert", "someone/delta", "hub", "--revision", "trained-longer")
     assert done.returncode == 0, done.stderr
-    done = run(hub, tmp_path, "export", "hub", "back")
+    done = run("export", "hub", "back")
     assert_same_tensors(read_tensors(tmp_path / "back"), read_tensors(tmp_path / "two"))
 
 
@@ -107,10 +101,10 @@ def test_revision(hub, tmp_path):
         (["someone/delta", "--revision", "v9"], "no revision 'v9'"),
     ],
 )
-def test_what_the_hub_does_not_have(hub, tmp_path, arguments, message):
+def test_what_the_hub_does_not_have(hub, run, tmp_path, arguments, message):
     write_stage2(tmp_path / "source", LAYOUT)
     upload(hub, "someone/delta", tmp_path / "source")
-    done = run(hub, tmp_path, "convert", arguments[0], "hub", *arguments[1:])
+    done = run("convert", arguments[0], "hub", *arguments[1:])
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
@@ -119,32 +113,30 @@ def test_what_the_hub_does_not_have(hub, tmp_path, arguments, message):
     assert not (tmp_path / "hub").exists()
 
 
-def test_an_index_on_the_hub_that_names_files_elsewhere(hub, tmp_path):
+def test_an_index_on_the_hub_that_names_files_elsewhere(hub, run, tmp_path):
     write_stage2(tmp_path / "source", LAYOUT)
     index = {"weight_map": {"lm_head.weight": "/etc/passwd"}}
     (tmp_path / "source" / "model.safetensors.index.json").write_text(json.dumps(index))
     upload(hub, "someone/delta", tmp_path / "source")
-    done = run(hub, tmp_path, "convert", "someone/delta", "hub", "--no-progress")
+    done = run("convert", "someone/delta", "hub", "--no-progress")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "model.safetensors.index.json names '/etc/passwd', which leaves" in done.stderr
 
 
-def test_no_space_for_the_download(hub, tmp_path):
+def test_no_space_for_the_download(hub, run, tmp_path):
     write_stage2(tmp_path / "source", LAYOUT)
     upload(hub, "someone/delta", tmp_path / "source")
-    script = (
-        "import sys; from modeling_delta_llava.conversion import sources; sources.free_bytes = lambda path: 100_000\n"
-        "from delta_llava_cli import main; sys.exit(main(sys.argv[1:]))"
-    )
-    done = run(hub, tmp_path, "convert", "someone/delta", "hub", start=("-c", script))
+    full = "from modeling_delta_llava.conversion import sources; sources.free_bytes = lambda path: 100_000"
+    done = run("convert", "someone/delta", "hub", first=full)
     assert done.returncode == 2
     assert "error: no space to download SOURCE someone/delta" in done.stderr
     assert "model.safetensors" not in downloaded(tmp_path, "someone/delta")
 
 
-def test_a_hub_that_is_not_there(tmp_path, hub):
-    done = run(hub, tmp_path, "convert", "someone/delta", "hub", HF_ENDPOINT="http://127.0.0.1:9")
+def test_a_hub_that_does_not_answer(hub, run, tmp_path):
+    hub.fail("", "cut", times=999)
+    done = run("convert", "someone/delta", "hub")
     assert done.returncode == 2
     assert "error: SOURCE someone/delta cannot be downloaded" in done.stderr
     assert not (tmp_path / "hub").exists()

@@ -1,7 +1,8 @@
-"""Conversions that are interrupted or killed, in processes of their own."""
+"""Conversions that are interrupted, terminated or killed."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,17 +10,19 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from modeling_delta_llava.conversion import workspace
+from modeling_delta_llava.conversion import workspace, writer
+from modeling_delta_llava.conversion.convert import convert
+from modeling_delta_llava.conversion.plan import Options
 from modeling_delta_llava.conversion.workspace import remove_leftovers, transaction
 from modeling_delta_llava.errors import UserError
 from tests.conversion.conftest import assert_same_tensors, read_tensors
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# The real command line, with a pause before each tensor. A shell starts what it runs in the background deaf to SIGINT.
+# The real command line, with a pause before each tensor.
 SLOW_CONVERSION = """
-import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)
+import sys, time
 from modeling_delta_llava.conversion import writer
 write = writer._write_all
 def slowly(*arguments):
@@ -46,19 +49,24 @@ def start(source: Path, output: Path, *arguments: str) -> subprocess.Popen:
     return process
 
 
-def finish(source: Path, output: Path, *arguments: str) -> None:
-    """Runs the real command line to its end."""
-    command = [sys.executable, "-m", "delta_llava_cli", "convert", str(source), str(output), *arguments]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
+def test_interrupted(sources, tmp_path, monkeypatch, refused):
+    write, written = writer._write_all, []
+
+    def interrupt(*arguments):
+        write(*arguments)
+        written.append(1)
+        if len(written) == 20:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer, "_write_all", interrupt)
+    line = refused(sources / "stage2", output=tmp_path / "parent" / "output")
+    assert line.startswith("error: interrupted: nothing was kept")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_interrupted(sources, tmp_path, number):
+def test_terminated(sources, tmp_path):
     output = tmp_path / "parent" / "output"
     process = start(sources / "stage2", output)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert errors.splitlines()[-1].startswith("error: interrupted: nothing was kept")
@@ -66,26 +74,42 @@ def test_interrupted(sources, tmp_path, number):
     assert list(tmp_path.iterdir()) == [], "the folder made for OUTPUT is gone, too"
 
 
-def test_killed_and_run_again(sources, tmp_path):
-    output = tmp_path / "output"
-    process = start(sources / "stage2", output)
-    process.kill()
-    process.communicate(timeout=60)
-    left = list(tmp_path.iterdir())
-    assert [path.name for path in left] == [f".output.building-{process.pid}"]
-    finish(sources / "stage2", output)
-    assert list(tmp_path.iterdir()) == [output]
-    assert any(key.startswith("model.multi_modal_projector.") for key in read_tensors(output))
-
-
-def test_killed_while_replacing_a_model(sources, tmp_path):
-    output = tmp_path / "output"
-    finish(sources / "stage2", output)
-    before = read_tensors(output)
+def test_killed_while_replacing_a_model_and_run_again(sources, converted, tmp_path):
+    output = shutil.copytree(converted, tmp_path / "output")
     process = start(sources / "stage2", output, "--overwrite", "--dtype", "bfloat16")
     process.kill()
     process.communicate(timeout=60)
-    assert_same_tensors(read_tensors(output), before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".output.building-{process.pid}", "output"]
+    assert_same_tensors(read_tensors(output), read_tensors(converted))
+    convert(str(sources / "stage2"), output, Options(dtype="bfloat16"), overwrite=True, progress=False)
+    assert list(tmp_path.iterdir()) == [output]
+    assert {tensor.dtype for tensor in read_tensors(output).values()} == {torch.bfloat16}
+
+
+def test_everything_is_on_disk_before_it_takes_its_place(sources, tmp_path, monkeypatch):
+    """Flushed at its full size, then renamed, then the folder around it flushed: a power cut leaves all or nothing."""
+    output = tmp_path / "output"
+    fsync, rename, events = os.fsync, os.rename, []
+
+    def note_flush(descriptor):
+        events.append((os.readlink(f"/proc/self/fd/{descriptor}"), os.fstat(descriptor).st_size))
+        fsync(descriptor)
+
+    def note_rename(source, target):
+        events.append(("renamed", source))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_flush)
+    monkeypatch.setattr(os, "rename", note_rename)
+    convert(str(sources / "stage2"), output, max_shard_size="500KB", progress=False)
+    ((position, building),) = [(place, name) for place, (kind, name) in enumerate(events) if kind == "renamed"]
+    flushed = dict(events[:position])
+    for path in (output, *output.rglob("*")):
+        there = str(building / path.relative_to(output))
+        assert there in flushed, path
+        assert path.is_dir() or flushed[there] == path.stat().st_size, path
+    assert len(list(output.glob("*.safetensors"))) > 1
+    assert [name for name, _ in events[position + 1 :]] == [str(tmp_path)]
 
 
 # --- the transaction itself ------------------------------------------------------------------------------------------

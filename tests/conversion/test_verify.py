@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from delta_llava_cli import main
+from modeling_delta_llava.conversion import streams
 from modeling_delta_llava.conversion import verify as module
 from modeling_delta_llava.conversion.convert import convert
 from modeling_delta_llava.conversion.plan import Options, make_plan
@@ -104,9 +105,14 @@ def test_changed_settings(hub, file, changes, name):
     assert name in failures(hub)
 
 
-def test_one_changed_bit_is_found(hub, sources):
+@pytest.mark.parametrize("position", [5, 9000, -1])
+def test_one_changed_bit_is_found(hub, sources, monkeypatch, position):
+    """Wherever it is in a tensor that is read in many pieces."""
+    monkeypatch.setattr(streams, "BUFFER_BYTES", 4096)
+
     def flip(tensors):
-        tensors[Q_WEIGHT].view(-1).view(torch.int32)[5] ^= 1
+        assert tensors[Q_WEIGHT].nbytes > 10 * streams.BUFFER_BYTES
+        tensors[Q_WEIGHT].view(-1).view(torch.int32)[position] ^= 1
 
     change_tensors(hub, flip)
     assert failures(hub) == {}

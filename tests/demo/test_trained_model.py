@@ -96,16 +96,6 @@ def test_each_picture_of_a_batch_gets_its_own_answer(model, processor, exam):
     assert together == answers(model, processor, asked[::-1])[::-1]
 
 
-def test_a_fused_projector_gives_the_same_answers(model, processor, exam):
-    asked = [(picture, one.text) for picture, one in exam[:40]]
-    plain = {budget: answers(model, processor, asked, budget) for budget in BUDGETS}
-    model.fuse_projector()
-    try:
-        assert {budget: answers(model, processor, asked, budget) for budget in BUDGETS} == plain
-    finally:
-        model.unfuse_projector()
-
-
 def test_blank_pictures_hold_nothing(model, processor):
     blank = Image.new("RGB", (96, 96), (230, 230, 230))
     question = "Is there a red circle?"

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from modeling_delta_llava.errors import UserError
@@ -18,8 +17,7 @@ from modeling_delta_llava.evaluation.counts import (
     projector_flops,
     tower_flops,
 )
-from modeling_delta_llava.generation_delta_llava import CACHE_NAME
-from modeling_delta_llava.projector_delta_llava import DeltaLlavaProjector
+from modeling_delta_llava.modeling_delta_llava import CACHE_NAME
 from tests.tiny import tiny_config, tiny_model
 
 VICUNA_7B = "lmsys/vicuna-7b-v1.5"
@@ -65,7 +63,7 @@ def test_the_paper_counts_two_of_three_mlp_matrices():
     assert closed_form(config, 144).prefill - paper_convention(config, 144).prefill == third_matrix + head
 
 
-@pytest.mark.parametrize("new_tokens", [1, 2, 30])
+@pytest.mark.parametrize("new_tokens", [1, 2, 5])
 @pytest.mark.parametrize("decoder", ["llama", "qwen2", "qwen3", "mistral", "seed_oss", "gemma", "gemma2", "phi3"])
 def test_closed_form_is_what_torch_counts(decoder, new_tokens):
     config = tiny_config(decoder=decoder, text={"num_key_value_heads": 1})
@@ -97,39 +95,7 @@ def test_closed_form_of_other_geometries(fields):
 
 @pytest.mark.parametrize("language_model", sorted(LANGUAGE_MODELS))
 def test_closed_form_at_published_size(language_model):
-    assert_torch_agrees(meta_model(known_config(language_model)), 144, 68, 30)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"tower": "siglip"},
-        {"use_emhsa": False},
-        {"use_transformer_block": False},
-        {"use_transformer_block": False, "projector_hidden_size": 64},
-        {"delta_rank": 0},
-        {"spatial_reduction": 2},
-    ],
-)
-def test_closed_form_of_the_fused_projector(fields):
-    config = tiny_config(**fields)
-    projector = DeltaLlavaProjector(config).eval()
-    projector.fuse()
-    fused = projector.fused.to("meta")  # on the CPU, torch does not count fused attention kernels
-    width, layers = config.vision_config.hidden_size, len(config.memory_feature_layers)
-    streams = [torch.empty(1, config.num_patches, width * count, device="meta") for count in (1, layers)]
-    for budget in config.legal_num_visual_tokens:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            fused(*streams, config.scale_factor(budget), projector.linear_2.to("meta"))
-        assert counter.get_total_flops() == projector_flops(config, budget, fused=True), budget
-
-
-@pytest.mark.parametrize("tower", sorted(VISION_TOWERS))
-def test_fusing_saves_operations_at_every_budget(tower):
-    config = known_config(VICUNA_7B, tower)
-    for budget in config.legal_num_visual_tokens:
-        assert projector_flops(config, budget, fused=True) < projector_flops(config, budget), budget
+    assert_torch_agrees(meta_model(known_config(language_model)), 144, 68, 3)
 
 
 def test_the_skipped_tower_layer_outweighs_the_compressing_projector():
@@ -137,7 +103,7 @@ def test_the_skipped_tower_layer_outweighs_the_compressing_projector():
     mlp = 2 * 576 * (1024 * 4096 + 4096**2)
     native = tower_flops(config, config.vision_config.num_hidden_layers) + mlp
     for budget in config.legal_num_visual_tokens[1:]:
-        assert tower_flops(config) + projector_flops(config, budget, fused=True) < native
+        assert tower_flops(config) + projector_flops(config, budget) < native
 
 
 @pytest.mark.parametrize(

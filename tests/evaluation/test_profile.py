@@ -46,7 +46,6 @@ def test_measured_profile_of_a_folder(hub_folder, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert cli.main([*arguments, "--new-tokens", "4", "--png", str(figure), "--device", "cpu"]) == 0
     document = json.loads(path.read_text())
-    assert document["measured_on"]["fused_projector"] is True
     assert document["measured_on"]["dtype"] == "float32"
     assert [row["num_visual_tokens"] for row in document["budgets"]] == [16, 4, 1]
     for row in document["budgets"]:

@@ -1,4 +1,4 @@
-"""Runs in forked processes that are killed in the middle: `python killed_runs.py SETTINGS.json FOLDER MOMENTS`.
+"""Runs in forked processes that are killed: `python -m tests.finetuning.killed_runs SETTINGS.json FOLDER MOMENTS`.
 
 A child counts what it does to files of its run (opening, renaming, removing), and kills itself at a chosen count;
 another child then continues the run. The moments are spread evenly; one more lies amid the files of the result that

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import delta_llava_cli as cli
+from modeling_delta_llava.conversion.verify import passed, verify
 from modeling_delta_llava.finetuning.arguments import (
     DataArguments,
     DeltaLlavaTrainingArguments,
@@ -22,13 +23,12 @@ from modeling_delta_llava.finetuning.arguments import (
     build_arguments,
 )
 from modeling_delta_llava.finetuning.rows import parse_row, read_json_rows
-from modeling_delta_llava.hub_cards.preflight import check_contents, preflight
+from modeling_delta_llava.hub_cards import preflight
 from modeling_delta_llava.processing_delta_llava import DeltaLlavaProcessor
 from tests import tiny
 from tests.finetuning.conftest import EXACT, write_data
-from tests.finetuning.helpers import REPOSITORY, losses, python, trained, write_config
+from tests.finetuning.helpers import REPOSITORY, losses, trained, write_config
 from tests.hub_cards.hub_state import Entry, git_oid, pointer
-from tests.hub_cards.local_hub import LocalHub
 from tests.training_layout import TrainingLayout, write_base_model, write_tower
 
 # A process that has only transformers answers with each of several repositories or folders.
@@ -76,7 +76,7 @@ def options(**settings):
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
-def test_both_recipes_from_the_hub_to_the_hub(tmp_path):
+def test_both_recipes_from_the_hub_to_the_hub(hub, client, tmp_path, monkeypatch):
     """Language model and tower -> stage 1 -> stage 2, each pushed, and loaded by a process without this package."""
     layout = TrainingLayout()
     write_base_model(tmp_path / "llm", layout, dtype=torch.float16)
@@ -85,44 +85,42 @@ def test_both_recipes_from_the_hub_to_the_hub(tmp_path):
     write_tower(tmp_path / "tower", layout)
     data = write_data(tmp_path / "data")
     common = {"data_path": data, "image_folder": data.parent / "images", **SMALL}
-    with LocalHub(tmp_path / "hub") as hub:
-        upload(hub, "user/llm", tmp_path / "llm")
-        upload(hub, "user/tower", tmp_path / "tower")
-        environment = hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
-        stage1 = python(
-            *("-m", "delta_llava_cli", "finetune", "stage1"),
-            *options(language_model="user/llm", vision_tower="user/tower", output_dir="stage1", **common),
-            *options(hub_model_id="user/stage1", projector="{memory_feature_layers: [2, 4, 6, 7]}"),
-            cwd=tmp_path,
-            **environment,
-        )
-        assert stage1.returncode == 0, stage1.stderr
-        assert stage1.stdout.splitlines()[-1] == "wrote stage1"
-        assert "projector       trained" in stage1.stderr
-        stage2 = python(
-            *("-m", "modeling_delta_llava.finetuning", "stage2"),
-            *options(model="user/stage1", output_dir="stage2", hub_model_id="user/stage2", **common),
-            *options(visual_token_budgets="[16, 4, 1]", save_steps=1, save_total_limit=2),
-            cwd=tmp_path,
-            **environment,
-        )
-        assert stage2.returncode == 0, stage2.stderr
-        card = ModelCard(hub.repos["user/stage2"].find("main").tree["README.md"].content.decode())
-        assert card.data.base_model == ["user/stage1"]
-        assert card.data.base_model_relation == "finetune"
-        assert not [name for name in hub.files("user/stage1") if name.startswith("_")]
-        names = ("user/stage2", str(tmp_path / "stage2" / "checkpoint-2"))
-        answered = python("-c", LOAD, *names, **hub.environment(tmp_path / "fresh", None), HF_HUB_OFFLINE="0")
-        assert answered.returncode == 0, answered.stderr
+    upload(hub, "user/llm", tmp_path / "llm")
+    upload(hub, "user/tower", tmp_path / "tower")
+    stage1 = client(
+        *("-m", "delta_llava_cli", "finetune", "stage1"),
+        *options(language_model="user/llm", vision_tower="user/tower", output_dir="stage1", **common),
+        *options(hub_model_id="user/stage1", projector="{memory_feature_layers: [2, 4, 6, 7]}"),
+        cwd=tmp_path,
+    )
+    assert stage1.returncode == 0, stage1.stderr
+    assert stage1.stdout.splitlines()[-1] == "wrote stage1"
+    assert "projector       trained" in stage1.stderr
+    stage2 = client(
+        *("-m", "modeling_delta_llava.finetuning", "stage2"),
+        *options(model="user/stage1", output_dir="stage2", hub_model_id="user/stage2", **common),
+        *options(visual_token_budgets="[16, 4, 1]", save_steps=1, save_total_limit=2),
+        cwd=tmp_path,
+    )
+    assert stage2.returncode == 0, stage2.stderr
+    card = ModelCard(hub.repos["user/stage2"].find("main").tree["README.md"].content.decode())
+    assert card.data.base_model == ["user/stage1"]
+    assert card.data.base_model_relation == "finetune"
+    assert not [name for name in hub.files("user/stage1") if name.startswith("_")]
+    names = ("user/stage2", str(tmp_path / "stage2" / "checkpoint-2"))
+    answered = client("-c", LOAD, *names, home="fresh", token=None)
+    assert answered.returncode == 0, answered.stderr
     pushed, checkpoint = map(json.loads, answered.stdout.splitlines())
     assert pushed == checkpoint
     check_frozen_files(tmp_path)
     # What `publish` sends is what the Trainer pushed, less the files in which it keeps its own state.
     for stage in ("stage1", "stage2"):
         pushed = set(hub.files(f"user/{stage}")) - {".gitattributes", "training_args.bin", "trainer_state.json"}
-        assert set(check_contents(tmp_path / stage)) == pushed
+        assert set(preflight.check_contents(tmp_path / stage)) == pushed
     assert (tmp_path / "stage1" / "_base").is_dir()
-    preflight(tmp_path / "stage2", "user/stage2", licence="mit", load=False)
+    assert passed(verify(tmp_path / "stage2", progress=False))
+    monkeypatch.setattr(preflight, "check_weights", lambda folder, time_limit: None)  # as verified here
+    preflight.preflight(tmp_path / "stage2", "user/stage2", licence="mit", load=False)
 
 
 def chat_data(rows):
@@ -149,7 +147,7 @@ def chat_data(rows):
     return datasets.Dataset.from_list(asked, features=datasets.Features(features))
 
 
-def test_a_dataset_is_streamed_from_the_hub(workplace, tmp_path):
+def test_a_dataset_is_streamed_from_the_hub(hub, client, workplace, tmp_path):
     """The same losses as by index from the file on disk, and nothing of the data set in the cache."""
     (tmp_path / "pets").mkdir()
     file = tmp_path / "pets" / "train-00000-of-00001.parquet"
@@ -159,19 +157,12 @@ def test_a_dataset_is_streamed_from_the_hub(workplace, tmp_path):
     on_disk = {"data_path": str(file), "output_dir": str(tmp_path / "disk"), "train_sampling_strategy": "sequential"}
     expected = losses(trained(build_arguments({**settings, **on_disk})))
     from_hub = {"data_path": "user/pets", "output_dir": "streamed", "streaming": True}
-    with LocalHub(tmp_path / "hub") as hub:
-        upload(hub, "datasets/user/pets", tmp_path / "pets")
-        home = tmp_path / "home"
-        ran = python(
-            *("-m", "delta_llava_cli", "finetune"),
-            write_config(tmp_path / "run.yaml", {**settings, **from_hub}),
-            cwd=tmp_path,
-            **hub.environment(home),
-            HF_HUB_OFFLINE="0",
-        )
-        assert ran.returncode == 0, ran.stderr
-        assert hub.requests(r"GET /datasets/user/pets/resolve/.*parquet")
-        assert not [file for file in home.rglob("*") if file.suffix in (".parquet", ".arrow")]
+    upload(hub, "datasets/user/pets", tmp_path / "pets")
+    config = write_config(tmp_path / "run.yaml", {**settings, **from_hub})
+    ran = client("-m", "delta_llava_cli", "finetune", config, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert hub.requests(r"GET /datasets/user/pets/resolve/.*parquet")
+    assert not [file for file in (tmp_path / "home").rglob("*") if file.suffix in (".parquet", ".arrow")]
     state = json.loads((tmp_path / "streamed" / "trainer_state.json").read_text())
     streamed = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
     assert len(streamed) == 4
@@ -359,12 +350,12 @@ def test_another_runs_checkpoint_is_left_alone(workplace, tmp_path, capsys):
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
 
 
-def test_a_process_ends_with_status_2_and_without_a_traceback(exact_folder, tmp_path):
+def test_a_process_ends_with_status_2_and_without_a_traceback(client, exact_folder, tmp_path):
     settings = options(model=exact_folder, data_path="none.json", output_dir="run", **SMALL)
-    ended = python("-m", "delta_llava_cli", "finetune", "stage2", *settings, cwd=tmp_path)
+    ended = client("-m", "delta_llava_cli", "finetune", "stage2", *settings)
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith("error: none.json: no such data file")
-    assert not list(tmp_path.iterdir())
+    assert not list((tmp_path / "work").iterdir())
     assert "Traceback" not in ended.stderr
 
 
@@ -453,11 +444,12 @@ def test_all_settings_are_listed(capsys):
             assert f"\n  {entry.name} = " in listed or not entry.init
 
 
-def test_the_readme_finds_the_packaged_accelerate_configs():
+def test_the_readme_finds_the_packaged_accelerate_configs(capsys):
     """The shell line that sets CONFIGS in the README."""
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     ((code, folder),) = re.findall(r"^CONFIGS=\$\(python -c '(.*)'\)(.*)$", readme, re.MULTILINE)
-    found = python("-c", code).stdout.strip() + folder
+    exec(code, {})
+    found = capsys.readouterr().out.strip() + folder
     launched = set(re.findall(r"\$CONFIGS/(\S+\.yaml)", readme))
     assert launched
     assert all((Path(found) / name).is_file() for name in launched)

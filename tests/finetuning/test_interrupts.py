@@ -22,12 +22,12 @@ from modeling_delta_llava.finetuning.checkpoints import (
 from modeling_delta_llava.finetuning.run import prepare, run
 from modeling_delta_llava.finetuning.trainer import DeltaLlavaTrainer
 from modeling_delta_llava.modeling_delta_llava import DeltaLlavaForConditionalGeneration
-from tests.finetuning.helpers import REPOSITORY, python, trained, weights
+from tests.finetuning.helpers import trained, weights
 
 MOMENTS = 4
 
 
-def test_killed_at_any_moment_the_run_goes_on(settings, tmp_path):
+def test_killed_at_any_moment_the_run_goes_on(client, settings, tmp_path):
     """Killed in the trial save, in checkpoints, in their rotation or in the result; the curve stays the same."""
     changes = {
         "num_train_epochs": 1,
@@ -37,8 +37,7 @@ def test_killed_at_any_moment_the_run_goes_on(settings, tmp_path):
         "trial_save": True,
     }
     (tmp_path / "settings.json").write_text(json.dumps({**settings, **changes}))
-    script = REPOSITORY / "tests" / "finetuning" / "killed_runs.py"
-    ended = python(script, tmp_path / "settings.json", tmp_path, MOMENTS)
+    ended = client("-m", "tests.finetuning.killed_runs", tmp_path / "settings.json", tmp_path, MOMENTS)
     assert ended.returncode == 0, ended.stderr[-4000:]
     result = json.loads(ended.stdout.splitlines()[-1])
     assert len(result["whole"]["losses"]) == 4

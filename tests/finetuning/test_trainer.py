@@ -19,8 +19,7 @@ from modeling_delta_llava.modeling_delta_llava import DeltaLlavaForConditionalGe
 from modeling_delta_llava.processing_delta_llava import DeltaLlavaProcessor
 from tests import tiny
 from tests.finetuning.conftest import write_data
-from tests.finetuning.helpers import Recorder, assert_same_weights, losses, python, trained, weights, write_config
-from tests.hub_cards.local_hub import LocalHub
+from tests.finetuning.helpers import Recorder, assert_same_weights, losses, trained, weights, write_config
 from tests.training_layout import TrainingLayout, write_base_model, write_tower
 
 
@@ -137,6 +136,10 @@ def test_only_the_trained_parts_change_and_the_log_says_which(arguments, exact_f
     unread = [name for name in before if "vision_tower.encoder.layers.4" in name or "post_layernorm" in name]
     assert unread
     assert all(torch.equal(before[name], after[name]) for name in unread)
+    # Nor are they handed to the optimizer, which would keep state for them, and DDP wait for their gradients.
+    optimized = {id(item) for group in trainer.optimizer.param_groups for item in group["params"]}
+    optimized = {name for name, item in trainer.model.named_parameters() if id(item) in optimized}
+    assert optimized == {name for name in before if part_of(name) in parts} - set(unread)
     for count in count_parts(trainer.model):
         assert (count.trained > 0) == (count.part in parts)
         assert f"{count.trained:,} trained" in caplog.text
@@ -272,16 +275,14 @@ def test_every_save_is_a_whole_hub_folder(arguments, data_folder):
         assert str(folder) not in card
 
 
-def test_every_push_during_training_is_a_whole_model(settings, tmp_path):
+def test_every_push_during_training_is_a_whole_model(hub, client, settings, tmp_path):
     """Each commit has code and card beside the weights of its step, and the checkpoint to resume from."""
     changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "push_to_hub": True}
     pushed = {"hub_model_id": "user/pushed", "hub_strategy": "checkpoint", "hub_always_push": True}
     config = write_config(tmp_path / "run.yaml", {**settings, **changes, **pushed})
-    with LocalHub(tmp_path / "hub") as hub:
-        environment = hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
-        ran = python("-m", "modeling_delta_llava.finetuning", config, **environment)
-        assert ran.returncode == 0, ran.stderr
-        history = hub.repos["user/pushed"].history()
+    ran = client("-m", "modeling_delta_llava.finetuning", config)
+    assert ran.returncode == 0, ran.stderr
+    history = hub.repos["user/pushed"].history()
     for step in (2, 4):
         checkpoint = tmp_path / "run" / f"checkpoint-{step}"
         commit = next(commit for commit in history if commit.title == f"Training in progress, step {step}")

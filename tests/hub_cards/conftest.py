@@ -1,58 +1,46 @@
-"""A Hub on loopback for each test, and fresh client processes that talk to it."""
+"""A Hub on loopback for each test, and client processes that talk to it."""
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from delta_llava_cli import main
 from tests import tiny
-from tests.hub_cards.local_hub import LocalHub
+from tests.forked import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
-
-
-@pytest.fixture
-def hub(tmp_path):
-    with LocalHub(tmp_path / "hub") as server:
-        yield server
+IMPATIENT = Path(__file__).parent / "impatient"
 
 
 @pytest.fixture
-def client(hub, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
-    """Runs `python ARGUMENTS` as a client of the hub; `token` and `variables` change its environment."""
+def as_client(hub, tmp_path, capfd) -> Callable[..., subprocess.CompletedProcess]:
+    """Calls a function that returns an exit status, with the environment of a client of the hub; as of a process.
 
-    def run(*arguments, token="write", home="home", timeout=240, **variables) -> subprocess.CompletedProcess:
-        environment = hub.environment(tmp_path / home, token) | variables
-        environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), environment.get("PYTHONPATH", "")]).strip(":")
-        work = tmp_path / "work"
-        work.mkdir(exist_ok=True)
-        process = subprocess.run(
-            [sys.executable, *map(str, arguments)],
-            env=environment,
-            cwd=work,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+    For publishing: what talks to the Hub is then a fresh process in any case, with that environment. It makes no
+    pauses between its attempts unless `patient`.
+    """
+
+    def run(function: Callable[[], int], token="write", patient=False, **variables) -> subprocess.CompletedProcess:
+        path = [str(REPOSITORY)] if patient else [str(REPOSITORY), str(IMPATIENT)]
+        environment = hub.environment(tmp_path / "home", token) | {"PYTHONPATH": os.pathsep.join(path)} | variables
+        capfd.readouterr()
+        with mock.patch.dict(os.environ, environment, clear=True):
+            status = function()
+        printed = capfd.readouterr()
         for secret in {*hub.tokens, environment.get("HF_TOKEN")} - {None}:
-            assert secret not in process.stdout + process.stderr, "a token was printed"
-        return process
+            assert secret not in printed.out + printed.err, "a token was printed"
+        return subprocess.CompletedProcess([], status, printed.out, printed.err)
 
     return run
 
 
 @pytest.fixture
-def cli(client) -> Callable[..., subprocess.CompletedProcess]:
-    """Runs `delta-llava ARGUMENTS` as a client of the hub."""
-
-    def run(*arguments, **options) -> subprocess.CompletedProcess:
-        return client("-m", "delta_llava_cli", *arguments, **options)
-
-    return run
+def cli(as_client) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs `delta-llava ARGUMENTS`: no fresh process, save those that a command starts itself."""
+    return lambda *arguments, **options: as_client(lambda: main([*map(str, arguments)]), **options)
 
 
 @pytest.fixture

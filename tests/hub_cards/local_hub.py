@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import struct
 import threading
@@ -56,17 +57,22 @@ class LocalHub:
         port: int = 0,
     ):
         self.objects = Path(root) / "objects"
-        self.objects.mkdir(parents=True, exist_ok=True)
         self.tokens = tokens or {"hf_" + "w" * 34: ("user", "write"), "hf_" + "r" * 34: ("reader", "read")}
-        self.multipart_size = multipart_size
         self.redirect = redirect
+        self.reset(multipart_size)
+        self.lock = threading.RLock()
+        self.server, self.cdn = (self._start(port), self._start(0))
+
+    def reset(self, multipart_size: int | None = None) -> None:
+        """Forgets everything but the tokens."""
+        shutil.rmtree(self.objects, ignore_errors=True)
+        self.objects.mkdir(parents=True)
+        self.multipart_size = multipart_size
         self.repos: dict[str, Repo] = {}
         self.collections: dict[str, dict] = {}
         self.faults: list[Fault] = []
         self.log: list[Request] = []
         self.parts: dict[tuple[str, int], str] = {}
-        self.lock = threading.RLock()
-        self.server, self.cdn = (self._start(port), self._start(0))
 
     def _start(self, port: int) -> ThreadingHTTPServer:
         handler = type("BoundHandler", (Handler,), {"hub": self})

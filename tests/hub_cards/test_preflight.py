@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 
 from modeling_delta_llava.errors import UserError
 from modeling_delta_llava.hub_cards.card import write_card
@@ -17,7 +18,6 @@ from modeling_delta_llava.hub_cards.preflight import (
     check_contents,
     check_loading,
     check_structure,
-    check_weights,
     preflight,
 )
 from modeling_delta_llava.hub_cards.scan import forbidden_reason, secret_in
@@ -267,32 +267,20 @@ def test_auto_map_must_name_the_headless_class(folder):
         check_structure(folder)
 
 
-def test_damaged_weights_are_found(folder):
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    tensors["lm_head.weight"][0, 0] = float("nan")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="NaN"):
-        check_weights(folder)
-
-
-def test_missing_weights_fail_the_load_check(folder):
-    from safetensors.torch import load_file, save_file
-
+def test_missing_weights_fail_the_load_check(folder, client):
     tensors = load_file(folder / "model.safetensors")
     name = next(key for key in tensors if "multi_modal_projector" in key)
     del tensors[name]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"does not load in a fresh process.*1 missing keys, the first is") as caught:
-        check_loading(folder)
-    assert name in str(caught.value)
+    process = client("-m", "modeling_delta_llava.hub_cards.load_check", folder)
+    assert process.returncode == 1
+    assert json.loads(process.stdout) == {"error": f"ValueError: 1 missing keys, the first is {name}"}
 
 
 def test_code_that_needs_this_package_fails_the_load_check(folder):
     path = folder / "configuration_delta_llava.py"
     path.write_text("import no_such_package_anywhere\n" + path.read_text())
-    with pytest.raises(UserError, match="no_such_package_anywhere"):
+    with pytest.raises(UserError, match=r"does not load in a fresh process.*no_such_package_anywhere"):
         check_loading(folder)
 
 

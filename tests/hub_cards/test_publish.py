@@ -1,10 +1,12 @@
-"""From a folder to an answer out of a repository: `delta-llava publish` end to end, in fresh processes."""
+"""From a folder to an answer out of a repository: `delta-llava publish` end to end."""
 
 import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from modeling_delta_llava.hub_cards import preflight
 from modeling_delta_llava.hub_cards.card import write_card
 from tests import tiny
 from tests.hub_cards.conftest import assert_one_line
@@ -37,16 +39,26 @@ def folder(model_folder):
     return model_folder
 
 
+@pytest.fixture
+def checks(monkeypatch):
+    """In place of the checks that take a process of their own (see `test_preflight`): which of them were asked for."""
+    asked = []
+    for name in ("check_weights", "check_loading"):
+        monkeypatch.setattr(preflight, name, lambda folder, time_limit, name=name: asked.append(name))
+    return asked
+
+
 def answer(client, name, home, **options) -> list[int]:
     process = client("-c", ANSWER, name, json.dumps(options), home=home, token=None)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)
 
 
-def test_publish_load_answer_update_the_card(hub, client, cli, folder):
+def test_publish_load_answer_update_the_card(hub, client, cli, folder, checks):
     published = cli("publish", folder, REPO, "--tag", "v1.0", "--collection", "Delta-LLaVA", "--message", "First")
     assert published.returncode == 0, published.stderr
     assert "checked on the Hub" in published.stdout
+    assert checks == ["check_weights", "check_loading"]
     assert hub.writer not in published.stdout + published.stderr
     assert_holds(hub, folder, "v1.0", REPO)
     (collection,) = hub.collections.values()
@@ -73,6 +85,7 @@ def test_publish_load_answer_update_the_card(hub, client, cli, folder):
     assert len(hub.collections) == 1
 
 
+@pytest.mark.usefixtures("checks")
 def test_private_repository_is_read_with_its_token_only(hub, client, cli, folder):
     published = cli("publish", folder, REPO, "--tag", "v1.0", "--private", "--no-load")
     assert published.returncode == 0, published.stderr
@@ -84,6 +97,7 @@ def test_private_repository_is_read_with_its_token_only(hub, client, cli, folder
     assert process.returncode == 0, process.stderr
 
 
+@pytest.mark.usefixtures("checks")
 def test_dry_run(hub, cli, folder):
     process = cli("publish", folder, REPO, "--tag", "v1.0", "--dry-run", "--no-load")
     assert process.returncode == 0, process.stderr
@@ -92,6 +106,7 @@ def test_dry_run(hub, cli, folder):
     assert hub.repos == {}
 
 
+@pytest.mark.usefixtures("checks")
 def test_licence_can_be_stated_on_the_way(hub, cli, model_folder):
     write_card(model_folder, repo_id=REPO)
     assert_one_line(cli("publish", model_folder, REPO, "--tag", "v1.0", "--no-load"), "no licence is stated")
@@ -100,10 +115,12 @@ def test_licence_can_be_stated_on_the_way(hub, cli, model_folder):
     assert "license: mit" in hub.repos[REPO].find("main").tree["README.md"].content.decode()
 
 
-def test_folder_that_does_not_load_is_not_published(hub, cli, folder):
-    (folder / "tokenizer.json").write_text("{}")
+def test_folder_with_damaged_weights_is_not_published(hub, cli, folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][0, 0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     process = cli("publish", folder, REPO, "--tag", "v1.0")
-    assert_one_line(process, "cannot be published")
+    assert_one_line(process, "cannot be published", "NaN")
     assert hub.log == []
 
 
@@ -122,6 +139,7 @@ def test_options_that_do_not_go_together(hub, cli, folder, arguments, expected):
     assert hub.log == []
 
 
+@pytest.mark.usefixtures("checks")
 def test_all_variants_of_a_folder_are_gathered(hub, cli, tmp_path):
     everything = tmp_path / "variants"
     for index, name in enumerate(("delta-llava-a", "delta-llava-b")):
@@ -138,6 +156,7 @@ def test_all_variants_of_a_folder_are_gathered(hub, cli, tmp_path):
     assert [item["id"] for item in collection["items"]] == ["org-lab/delta-llava-a", "org-lab/delta-llava-b"]
 
 
+@pytest.mark.usefixtures("checks")
 def test_all_checks_every_folder_before_it_sends_the_first(hub, cli, tmp_path):
     everything = tmp_path / "variants"
     good = tiny.write_hub_folder(everything / "a")

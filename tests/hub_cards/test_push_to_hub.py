@@ -125,7 +125,7 @@ assert Path("mine/README.md").read_text() == "# Mine"
     assert "processor_config.json" in hub.files("user/saved")
 
 
-def test_our_trainer_names_the_repository_in_its_card(hub, cli, hub_folder, tmp_path):
+def test_our_trainer_names_the_repository_in_its_card(hub, client, hub_folder, tmp_path):
     Image.new("RGB", (40, 30), "red").save(tmp_path / "0.png")
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A red picture."}]
     (tmp_path / "train.json").write_text(json.dumps([{"image": "0.png", "conversations": turns}] * 4))
@@ -142,7 +142,8 @@ def test_our_trainer_names_the_repository_in_its_card(hub, cli, hub_folder, tmp_
         "max_steps": 1,
         "num_visual_tokens": 4,
     }
-    process = cli("finetune", "stage2", *[word for name, value in settings.items() for word in (f"--{name}", value)])
+    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    process = client("-m", "delta_llava_cli", "finetune", "stage2", *words)
     assert process.returncode == 0, process.stderr
     card = card_of(hub, "user/tuned")
     assert metadata_problems(card.data.to_dict()) == []

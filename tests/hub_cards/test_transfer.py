@@ -1,8 +1,9 @@
-"""Uploading through every kind of trouble: the real client, in processes of its own, against the Hub on loopback.
+"""Uploading through every kind of trouble: the real client, in a process of its own, against the Hub on loopback.
 
 The folders here hold random bytes; what a folder must be is tested with the preflight.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -10,38 +11,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.hub_cards.conftest import REPOSITORY, assert_one_line
+from tests.forked import REPOSITORY
+from tests.hub_cards.conftest import assert_one_line
 from tests.hub_cards.local_hub import LocalHub
+from tests.hub_cards.publishing import REPO, publish_as_it_is
 
-REPO = "user/model"
 COMMIT = r"POST /api/models/user/model/commit/"
 PUT = r"^PUT /lfs/"
-
-# Publishes a folder as it is; prints the report as JSON.
-PUBLISH = """
-import dataclasses, json, sys
-from pathlib import Path
-from modeling_delta_llava.errors import UserError
-from modeling_delta_llava.hub_cards.manifest import hash_files, list_files
-from modeling_delta_llava.hub_cards.preflight import Preflight
-from modeling_delta_llava.hub_cards.publish import PublishOptions, check_options, publish_checked
-
-folder, repo_id, options = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-pinned = options.pop("pinned", [])
-options = PublishOptions(**{"retry_wait": 0.05, "time_limit": 100, **options})
-checked = Preflight(folder, hash_files(folder, list_files(folder)), pinned, None)
-try:
-    check_options(repo_id, options)
-    report = publish_checked(checked, repo_id, options, lambda text: print("note:", text, file=sys.stderr))
-except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-print(json.dumps(dataclasses.asdict(report)))
-"""
 
 
 def random_folder(folder: Path, shards: int = 2, size: int = 600_000) -> Path:
@@ -60,9 +41,17 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def publish(client):
-    def run(folder, repo_id=REPO, token="write", variables=None, **options):
-        return client("-c", PUBLISH, folder, repo_id, json.dumps(options), token=token, **(variables or {}))
+def hub(tmp_path):
+    """A server of the test's own: what killed clients asked for happens in no other test."""
+    with LocalHub(tmp_path / "hub") as server:
+        yield server
+
+
+@pytest.fixture
+def publish(as_client):
+    def run(folder, repo_id=REPO, token="write", patient=False, variables=None, **options):
+        function = functools.partial(publish_as_it_is, folder, repo_id, **options)
+        return as_client(function, token, patient, **(variables or {}))
 
     return run
 
@@ -116,20 +105,22 @@ def test_only_what_changed_is_sent(hub, folder, publish):
     assert_holds(hub, folder)
 
 
-def test_multipart_upload(tmp_path, client, folder):
-    with LocalHub(tmp_path / "parts", multipart_size=250_000) as hub:
-        environment = hub.environment(tmp_path / "home2") | {"PYTHONPATH": str(REPOSITORY)}
-        process = subprocess.run(
-            [sys.executable, "-c", PUBLISH, str(folder), REPO, "{}"],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        report_of(process)
-        assert len(hub.requests(r"^PUT /lfs/[0-9a-f]{64}/\d+")) == 6, "three parts for each of two files"
-        assert_holds(hub, folder)
-        assert "X-Amz" not in process.stderr
+def test_multipart_upload(hub, folder, publish):
+    hub.multipart_size = 250_000
+    process = publish(folder)
+    report_of(process)
+    assert len(hub.requests(r"^PUT /lfs/[0-9a-f]{64}/\d+")) == 6, "three parts for each of two files"
+    assert_holds(hub, folder)
+
+
+def test_signatures_of_addresses_are_not_printed(hub, folder, publish):
+    hub.multipart_size = 250_000
+    hub.fail(PUT, status=403, times=99, body="<Error><Code>AccessDenied</Code></Error>")
+    process = publish(folder)
+    line = assert_one_line(process, "the token may not do this (403")
+    assert hub.cdn_url in line, "it names the address"
+    assert "X-Amz" not in process.stderr
+    assert "secret" not in process.stderr
 
 
 def test_stale_shards_and_code_are_removed_other_files_kept(hub, folder, publish):
@@ -302,6 +293,18 @@ def test_412_stops_when_the_other_commit_touches_our_files(hub, folder, publish)
     assert_holds(hub, folder)
 
 
+def test_412_stops_when_the_other_commit_deletes_one_of_our_files(hub, folder, publish):
+    report_of(publish(folder))
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nours\n")
+    hub.fail(
+        COMMIT,
+        "call",
+        function=lambda server: server.commit(server.repos[REPO], "main", {}, ("README.md",), "theirs", "somebody"),
+    )
+    assert_one_line(publish(folder), "somebody else has changed README.md", "run the same command again")
+    assert commits(hub) == ["theirs", "Upload model", "initial commit"]
+
+
 # Trouble that passes.
 
 
@@ -335,18 +338,17 @@ def test_passing_trouble_that_the_client_outlasts_itself(hub, folder, publish, p
 
 def test_retry_after_is_honoured(hub, folder, publish):
     hub.fail(COMMIT, status=429, headers={"Retry-After": "2"})
-    started = time.monotonic()
-    report_of(publish(folder))
-    assert time.monotonic() - started > 2
+    process = publish(folder)
+    report_of(process)
+    assert "note: uploading: 429, attempt 2 of 4 in 2.0 s" in process.stderr
     assert_holds(hub, folder)
 
 
-def test_retry_after_longer_than_the_time_limit(hub, folder, publish):
+def test_time_limit_ends_a_client_that_waits_for_longer(hub, folder, publish):
     hub.fail("/preupload/", status=429, headers={"Retry-After": "3600"}, times=9)
-    started = time.monotonic()
-    assert_one_line(publish(folder, time_limit=6), "not done within 6 s", "--time-limit")
-    assert time.monotonic() - started < 30
-    assert commits(hub) == ["initial commit"]
+    process = publish(folder, patient=True, time_limit=4)
+    assert_one_line(process, "not done within 4 s", "--time-limit", "what the Hub holds is not resent")
+    assert hub.requests(COMMIT) == []
 
 
 def test_lasting_trouble_is_one_line(hub, folder, publish):
@@ -440,12 +442,17 @@ def test_file_changed_while_uploading_is_found(hub, folder, publish):
 # The process dies.
 
 
-def start(hub, tmp_path, folder, **options) -> subprocess.Popen:
-    environment = hub.environment(tmp_path / "home") | {"PYTHONPATH": str(REPOSITORY)}
-    arguments = [sys.executable, "-c", PUBLISH, str(folder), REPO, json.dumps(options)]
-    return subprocess.Popen(
-        arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+def start(hub, tmp_path, folder) -> tuple[subprocess.Popen, Callable[[], int]]:
+    """Starts publishing; the process, and a function that finds the number of the one which talks to the Hub."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.hub_cards.publishing", str(folder)],
+        env=hub.environment(tmp_path / "home") | {"PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
+    return process, lambda: int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
 
 
 def wait_for(condition, seconds: float = 60.0) -> None:
@@ -455,15 +462,22 @@ def wait_for(condition, seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
+def has_ended(number: int) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def test_killed_half_way_and_resumed(hub, tmp_path, folder, publish):
     """SIGKILL when one shard is stored and the other is not: the second run sends the other one only."""
     stalled = hub.fail(PUT, "stall", after=1, seconds=600)
-    process = start(hub, tmp_path, folder)
+    process, find_uploading = start(hub, tmp_path, folder)
     wait_for(lambda: any(r.status == 200 for r in hub.requests(PUT)) and stalled.hits >= 2)
+    uploading = find_uploading()
     process.kill()
-    process.wait()
-    # The uploading process notices that the one which started it has gone.
-    time.sleep(1)
+    process.communicate()
+    wait_for(lambda: has_ended(uploading))  # it notices that the one which started it has gone
     assert commits(hub) == ["initial commit"], "no half of a revision"
     hub.faults.clear()
     hub.log.clear()
@@ -474,31 +488,13 @@ def test_killed_half_way_and_resumed(hub, tmp_path, folder, publish):
 
 def test_killed_uploading_process_is_one_line(hub, tmp_path, folder):
     stalled = hub.fail(PUT, "stall", seconds=600)
-    process = start(hub, tmp_path, folder)
+    process, find_uploading = start(hub, tmp_path, folder)
     wait_for(lambda: stalled.hits > 0)
-    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(child), signal.SIGKILL)
+    os.kill(find_uploading(), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "Traceback" not in errors
     assert "the uploading process ended with status -9: run the same command again" in errors.splitlines()[-1]
-    assert commits(hub) == ["initial commit"]
-
-
-def test_uploading_process_ends_with_the_one_that_started_it(hub, tmp_path, folder):
-    hub.fail("/preupload/", "stall", seconds=3)
-    process = start(hub, tmp_path, folder)
-    wait_for(lambda: hub.faults[0].hits > 0)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    time.sleep(5)
-    assert hub.requests(COMMIT) == []
-    assert hub.requests(PUT) == []
-
-
-def test_time_limit(hub, tmp_path, folder, publish):
-    hub.fail(PUT, "stall", seconds=600, times=9)
-    assert_one_line(publish(folder, time_limit=4), "not done within 4 s", "what the Hub holds is not resent")
     assert commits(hub) == ["initial commit"]
 
 

@@ -3,12 +3,11 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import delta_llava_cli as cli
 from modeling_delta_llava.errors import UserError
 from modeling_delta_llava.hub_cards import variants as module
 from modeling_delta_llava.hub_cards.variants import MISSING, PARTS, PROVENANCES, get_variant, paper_tables, variants
@@ -211,27 +210,20 @@ def test_unknown_variant_is_one_line_with_a_hint():
     assert "\n" not in str(caught.value)
 
 
-def run_cli(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "delta_llava_cli", *arguments], capture_output=True, text=True, check=False
-    )
-
-
-def test_cli_prints_every_variant_and_its_scores():
-    printed = run_cli("variants")
-    assert printed.returncode == 0, printed.stderr
+def test_cli_prints_every_variant_and_its_scores(capsys):
+    assert cli.main(["variants"]) == 0
+    printed = capsys.readouterr().out
     for variant in variants().values():
-        line = next(line for line in printed.stdout.splitlines() if f" {variant.name} " in line)
+        line = next(line for line in printed.splitlines() if f" {variant.name} " in line)
         cells = [cell.strip() for cell in line.split("|")]
         for score in variant.scores:
             assert score.text in cells
             assert score.source in cells[-2]
 
 
-def test_cli_prints_json_with_the_table_of_each_score():
-    printed = run_cli("variants", "--json")
-    assert printed.returncode == 0, printed.stderr
-    entries = {entry["name"]: entry for entry in json.loads(printed.stdout)}
+def test_cli_prints_json_with_the_table_of_each_score(capsys):
+    assert cli.main(["variants", "--json"]) == 0
+    entries = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
     assert set(entries) == set(variants())
     entry = entries["delta-llava-vicuna-7b-144"]
     row = paper_tables()["1"].row("Delta-LLaVA (Ours)", 144)
@@ -240,8 +232,8 @@ def test_cli_prints_json_with_the_table_of_each_score():
     assert entry["provenance"]["weights"] == "reconstructed"
 
 
-def test_cli_names_an_unknown_variant():
-    printed = run_cli("variants", "no-such-variant")
-    assert printed.returncode == 2
-    assert printed.stderr.startswith("error: no variant is called 'no-such-variant'")
-    assert printed.stderr.count("\n") == 1
+def test_cli_names_an_unknown_variant(capsys):
+    assert cli.main(["variants", "no-such-variant"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: no variant is called 'no-such-variant'")
+    assert printed.count("\n") == 1

@@ -30,7 +30,6 @@ def answer(model: DeltaLlavaForConditionalGeneration, seed: int, padding: int, *
 
 def test_prompts_of_one_padded_length_share_their_graphs():
     model = tiny_model()
-    model.fuse_projector()
     expected = [answer(model, seed, padding) for seed, padding in enumerate((0, 3, 1, 5, 0))]
     torch._dynamo.reset()
     counters.clear()

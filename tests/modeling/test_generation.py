@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 import modeling_delta_llava  # noqa: F401  (registers the Auto classes)
-from modeling_delta_llava.generation_delta_llava import CACHE_NAME
+from modeling_delta_llava.modeling_delta_llava import CACHE_NAME
 from tests.prompts import (
     FIRST_TURN,
     GREEDY,
@@ -16,6 +16,7 @@ from tests.prompts import (
     SECOND_TURN,
     batch,
     encode_alone,
+    encoded,
     image,
     language_model_of,
     new_tokens,
@@ -121,12 +122,14 @@ def test_pictures_are_encoded_once(model):
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
-@pytest.mark.parametrize("form", ["pixel_values", "image_features", "text only"])
+@pytest.mark.parametrize("form", ["pixel_values", "encoded", "text only"])
 def test_prefill_in_chunks_keeps_the_pictures(form, num_beams, model):
     inputs, pixels = (batch(ROWS[1]), None) if form == "text only" else (batch(*ROWS), pictures(6))
     settings = {**GREEDY, "num_beams": num_beams}
     expected = model.generate(**inputs, pixel_values=pixels, **settings)
-    given = {"image_features": encode_alone(model, pixels)} if form == "image_features" else {"pixel_values": pixels}
+    given = (
+        {"mm_encoder_outputs": encoded(encode_alone(model, pixels))} if form == "encoded" else {"pixel_values": pixels}
+    )
     assert torch.equal(model.generate(**inputs, **given, **settings, prefill_chunk_size=5), expected)
 
 
@@ -149,21 +152,20 @@ def test_embeddings_equal_ids(with_ids, num_beams, model):
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-@pytest.mark.parametrize("as_list", [False, True])
-def test_image_features_equal_pictures(as_list, num_beams, model):
+def test_encoded_pictures_equal_pictures(num_beams, model):
     inputs, pixels = batch(*ROWS), pictures(6)
     settings = {**GREEDY, "num_beams": num_beams}
     expected = model.generate(**inputs, pixel_values=pixels, **settings)
     with torch.no_grad():
         features = model.get_image_features(pixels)
     handle = model.model.vision_tower.embeddings.register_forward_hook(lambda *_: pytest.fail("encoded again"))
-    given = features.pooler_output if as_list else features
     for _ in range(2):  # what the caller gives is not changed
-        assert torch.equal(model.generate(**inputs, image_features=given, **settings), expected)
+        output = model.generate(**inputs, mm_encoder_outputs={"image": features}, **settings)
+        assert torch.equal(output, expected)
     handle.remove()
 
 
-@pytest.mark.parametrize("form", ["tensor", "list", "image_features"])
+@pytest.mark.parametrize("form", ["tensor", "list", "encoded"])
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_a_budget_for_each_picture(num_beams, form, model, language_model):
     """A thumbnail at 4 visual tokens and a page at 16, in one prompt and over the rows of a batch."""
@@ -179,16 +181,9 @@ def test_a_budget_for_each_picture(num_beams, form, model, language_model):
     given = {
         "tensor": {"pixel_values": pixels, "num_visual_tokens": torch.tensor(budgets)},
         "list": {"pixel_values": pixels, "num_visual_tokens": budgets},
-        "image_features": {"image_features": visual_tokens},
+        "encoded": {"mm_encoder_outputs": encoded(visual_tokens)},
     }[form]
     assert torch.equal(new_tokens(model.generate(**inputs, **given, **settings), inputs), expected)
-
-
-@pytest.mark.parametrize("num_beams", [1, 2])
-def test_budgets_in_the_wrong_order_are_refused(num_beams, model):
-    inputs = batch([*image(4), *words(2), *image(16), *words(2)])
-    with pytest.raises(ValueError, match=r"\[16, 4\] in the order of the prompt"):
-        model.generate(**inputs, pixel_values=pictures(2), num_visual_tokens=[16, 4], **GREEDY, num_beams=num_beams)
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
@@ -220,7 +215,7 @@ def test_second_turn_continues_from_the_cache(rows, name, given, model):
     images = {
         "all pictures": {"pixel_values": pixels[every]},
         "the new pictures": {"pixel_values": pixels[new]},
-        "all features": {"image_features": encode_alone(model, pixels[every])},
+        "all features": {"mm_encoder_outputs": encoded(encode_alone(model, pixels[every]))},
     }[given]
     output = model.generate(**second, **images, **{name: answer[CACHE_NAME]}, **GREEDY)
     handle.remove()
@@ -293,8 +288,6 @@ def on_path(path: str, folder, scratch):
         cpu_offload(loaded, execution_device="cpu")
     elif path == "compiled":
         loaded.forward = torch.compile(loaded.forward, backend="eager", fullgraph=True, dynamic=False)
-    elif path == "fused projector":
-        loaded.fuse_projector()
     settings = {
         "without cache": {"use_cache": False},
         "static cache": {"cache_implementation": "static"},
@@ -315,7 +308,6 @@ def on_path(path: str, folder, scratch):
         "offloaded to memory",
         "offloaded to disk",
         "compiled",
-        "fused projector",
         "bfloat16",
     ],
 )

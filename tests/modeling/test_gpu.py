@@ -30,21 +30,16 @@ def test_the_device_computes_what_the_cpu_computes(inputs):
         expected = model(**{name: tensor.cpu() for name, tensor in inputs.items()}).logits
         model.to(DEVICE)
         assert relative_error(model(**inputs).logits.cpu(), expected) < 1e-3
-        model.fuse_projector()
-        assert relative_error(model(**inputs).logits.cpu(), expected) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_fused_and_plain(inputs, dtype):
+def test_half_precision(inputs, dtype):
     model = tiny_model().to(DEVICE)
     with torch.no_grad():
         expected = model(**inputs).logits
         model.to(dtype)
         inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-        plain = relative_error(model(**inputs).logits, expected)
-        model.fuse_projector()
-        assert model.model.multi_modal_projector.fused.memory_weight.dtype == dtype
-        assert relative_error(model(**inputs).logits, expected) < 1.5 * plain + 1e-3
+        assert relative_error(model(**inputs).logits, expected) < 5e-2
 
 
 def test_compiled_decoding_with_a_static_cache_gives_the_same_tokens(inputs):

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from modeling_delta_llava.configuration_delta_llava import DeltaLlavaConfig
 from modeling_delta_llava.modeling_delta_llava import DeltaLlavaModel
 from modeling_delta_llava.projector_delta_llava import (
+    DeltaLlavaDropPath,
+    DeltaLlavaProjection,
     DeltaLlavaProjector,
-    DeltaProjection,
-    DropPath,
-    EfficientSelfAttention,
+    DeltaLlavaSelfAttention,
     position_table,
 )
 from tests.golden import PROJECTOR_ENTRIES, PROJECTOR_VALUES, check_projector, golden_projector, golden_streams
@@ -67,7 +67,7 @@ def test_position_table_is_the_bicubic_resize_of_the_full_table(grid_size):
 
 def test_delta_projection_is_base_plus_low_rank_update():
     torch.manual_seed(0)
-    projection = DeltaProjection(12, 8, rank=3)
+    projection = DeltaLlavaProjection(12, 8, rank=3)
     with torch.no_grad():
         for parameter in projection.parameters():
             parameter.normal_()
@@ -79,7 +79,7 @@ def test_delta_projection_is_base_plus_low_rank_update():
 
 @pytest.mark.parametrize(("tokens", "pooled"), [(16, 4), (4, 1), (3, 3), (1, 1)])
 def test_spatial_reduction_pools_runs_of_tokens_unless_there_are_too_few(tokens, pooled):
-    attention = EfficientSelfAttention(16, head_dim=8, spatial_reduction=2)
+    attention = DeltaLlavaSelfAttention(16, head_dim=8, spatial_reduction=2)
     seen = []
     attention.k_proj.register_forward_hook(lambda module, args, output: seen.append(args[0]))
     hidden_states = torch.randn(2, tokens, 16)
@@ -141,10 +141,10 @@ def test_ablations_remove_their_part_and_nothing_else(switch, missing):
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     torch.manual_seed(0)
     branch = torch.ones(20000, 1, 1)
-    dropped = DropPath(0.25).train()(branch)
+    dropped = DeltaLlavaDropPath(0.25).train()(branch)
     assert dropped.unique().tolist() == [0.0, pytest.approx(4 / 3)]
     assert dropped.mean().item() == pytest.approx(1.0, abs=0.02)
-    assert torch.equal(DropPath(0.25).eval()(branch), branch)
+    assert torch.equal(DeltaLlavaDropPath(0.25).eval()(branch), branch)
 
 
 def test_initialisation_follows_the_released_code():
