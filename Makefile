@@ -33,7 +33,7 @@ $(INSTALLED): pyproject.toml requirements/common.txt requirements/newest.txt
 install: $(INSTALLED)
 
 demo: install
-	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PYTHON) -m modeling_delta_llava.demo
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PYTHON) -m examples.demo
 
 # One thread for each worker: more workers than cores times threads slow each other down. With `worksteal`, neighbouring
 # tests stay together and share what their module makes once.

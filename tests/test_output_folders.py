@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from delta_llava_cli import main
-from modeling_delta_llava.demo.__main__ import MARKER_FILE, clear_output
+from examples.demo.__main__ import MARKER_FILE, clear_output
 from modeling_delta_llava.errors import UserError
 from modeling_delta_llava.finetuning.arguments import ModelArguments
 from modeling_delta_llava.finetuning.checkpoints import SETTINGS_FILE

@@ -1,4 +1,4 @@
-"""`python -m modeling_delta_llava.demo`: the whole of it at the least effort, and every way in which it ends early."""
+"""`python -m examples.demo`: the whole of it at the least effort, and every way in which it ends early."""
 
 import errno
 import json
@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from safetensors import SafetensorError
 
-from modeling_delta_llava.demo import __main__ as program
-from modeling_delta_llava.demo.drawings import distinct_scenes, write_set
+from examples.demo import __main__ as program
+from examples.demo.drawings import distinct_scenes, write_set
 from modeling_delta_llava.errors import UserError
 
 

@@ -3,7 +3,7 @@ import random
 import numpy as np
 from PIL import Image
 
-from modeling_delta_llava.demo.drawings import (
+from examples.demo.drawings import (
     COLOURS,
     KINDS,
     NUMBERS,
@@ -17,7 +17,7 @@ from modeling_delta_llava.demo.drawings import (
     questions,
     write_set,
 )
-from modeling_delta_llava.demo.report import ExamQuestion, ExamResult, accuracy, draw_answers, results_table
+from examples.demo.report import ExamQuestion, ExamResult, accuracy, draw_answers, results_table
 
 
 def true_answer(scene, text):

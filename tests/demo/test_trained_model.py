@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from examples.demo.drawings import COLOURS, KINDS, Thing, distinct_scenes, paint, questions
 from modeling_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
-from modeling_delta_llava.demo.drawings import COLOURS, KINDS, Thing, distinct_scenes, paint, questions
 
 # As `demo.__main__` trains at. Held-out answers must beat blind ones by this share at 16 tokens or more.
 BUDGETS = (64, 16, 4, 1)

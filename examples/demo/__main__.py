@@ -1,4 +1,4 @@
-"""`python -m modeling_delta_llava.demo`: train a small Delta-LLaVA from nothing, and ask it about new pictures.
+"""`python -m examples.demo`: train a small Delta-LLaVA from nothing, and ask it about new pictures.
 
 1. Draw a visual question-answering set as LLaVA JSON.
 2. A tiny CLIP tower learns to see (it names the shape and colour of each patch), and a tiny Llama learns to read.
@@ -22,8 +22,9 @@ from typing import Any
 
 from rich.console import Console
 
-from ..errors import UserError
-from ..folders import check_output_folder
+from modeling_delta_llava.errors import UserError
+from modeling_delta_llava.folders import check_output_folder
+
 from . import exam
 from .drawings import DrawnSet, distinct_scenes, write_set
 from .language import make_language_model
@@ -73,8 +74,8 @@ def finetune_stage(recipe: str, settings: dict[str, Any]) -> Path:
     """Runs a packaged recipe with settings for a small model on a CPU; the same as `delta-llava finetune`."""
     import torch
 
-    from ..finetuning.arguments import build_arguments, config_path, read_settings
-    from ..finetuning.run import run
+    from modeling_delta_llava.finetuning.arguments import build_arguments, config_path, read_settings
+    from modeling_delta_llava.finetuning.run import run
 
     # Matrices this small gain nothing from a second thread, and the loader's process has the other core.
     torch.set_num_threads(1)
@@ -208,7 +209,7 @@ def demo(output: Path, effort: Effort, console: Console) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 2 for an error that the user can mend, 130 when interrupted."""
     parser = argparse.ArgumentParser(
-        prog="python -m modeling_delta_llava.demo",
+        prog="python -m examples.demo",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -218,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     # Not above: the processes that train the two parts import this module too.
-    from ..finetuning.checkpoints import SAVE_ERRORS, is_no_space, one_line
+    from modeling_delta_llava.finetuning.checkpoints import SAVE_ERRORS, is_no_space, one_line
 
     try:
         demo(options.output, Effort().scaled(options.effort), Console())
