@@ -15,7 +15,7 @@ from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .configuration_delta_llava import DeltaLlavaConfig, require_transformers
 from .projector_delta_llava import DeltaLlavaProjection, DeltaLlavaProjector, DeltaLlavaUniformLinear
@@ -210,18 +210,17 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         else:
             image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
-        if image_features is not None:
-            counts = [tokens.shape[0] for tokens in image_features]
-            torch_compilable_check(
-                mask.sum() == sum(counts),
-                lambda: (
-                    f"Image tokens and image features do not match: the prompt holds {int(mask.sum())} image tokens, "
+        # Compiled code cannot look at values without falling apart into several graphs; `generate` has looked before.
+        if image_features is not None and not torch.compiler.is_compiling():
+            counts, num_image_tokens = [tokens.shape[0] for tokens in image_features], int(mask.sum())
+            if num_image_tokens != sum(counts):
+                raise ValueError(
+                    f"Image tokens and image features do not match: the prompt holds {num_image_tokens} image tokens, "
                     f"but {len(counts)} image(s) gave {sum(counts)} visual tokens (budget "
                     f"{', '.join(map(str, dict.fromkeys(counts)))}; the config's is {self.config.num_visual_tokens}). "
                     "Give processor and model the same num_visual_tokens, one image for every placeholder, and do not "
                     "truncate prompts inside an image"
-                ),
-            )
+                )
         return mask
 
     @can_return_tuple
@@ -267,7 +266,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, images.pooler_output)
             visual_tokens = torch.cat([tokens.to(inputs_embeds) for tokens in images.pooler_output])  # [sum of V, D]
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), visual_tokens)
-        elif input_ids is not None and not cached and not torch.compiler.is_compiling():
+        elif input_ids is not None and not cached:
             self.get_placeholder_mask(input_ids, inputs_embeds, [])  # no image was forgotten
 
         outputs = self.language_model(

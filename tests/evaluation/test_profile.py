@@ -27,7 +27,7 @@ def test_analytic_profile_of_a_variant_needs_no_weights(tmp_path, capsys):
     assert row["key_value_cache_bytes"] == 2 * 40 * 5120 * (68 + 144 + 30) * 2
     assert "measured" not in row
     printed = capsys.readouterr().out
-    assert "13.37 B" in printed
+    assert "13.36 B" in printed
     assert f"{row['flops']['counted']['total'] / 1e12:.3f}" in printed
 
 

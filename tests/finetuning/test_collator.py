@@ -55,8 +55,11 @@ def test_a_row_alone_and_in_company_gives_the_same_loss(dataset, processor, mode
             alone = collate([dataset[index]])
             alone.pop(SKIPPED_KEY)
             own = alone.pop("labels")
-            assert torch.equal(labels[place, : own.shape[1]], own[0])
-            torch.testing.assert_close(logits[place, : own.shape[1]], model(**alone).logits[0], atol=1e-5, rtol=1e-5)
+            length = int(alone["attention_mask"].sum())
+            assert torch.equal(labels[place, :length], own[0, :length])
+            assert (own[0, length:] == IGNORED_LABEL).all()
+            alone = model(**alone).logits[0, :length]
+            torch.testing.assert_close(logits[place, :length], alone, atol=1e-5, rtol=1e-5)
 
 
 def test_cut_rows_lose_whole_pictures(dataset, processor):
@@ -65,7 +68,24 @@ def test_cut_rows_lose_whole_pictures(dataset, processor):
     batch = DeltaLlavaCollator(processor, first_image + 20)([dataset[DrawnIndex(2, 16)], dataset[DrawnIndex(3, 16)]])
     assert len(batch[SKIPPED_KEY]) == 1
     assert "nothing to learn within max_length" in batch[SKIPPED_KEY][0]
-    assert "pixel_values" not in batch
+    assert batch["pixel_values"].shape[0] == 1  # the blank one of a batch without pictures
+
+
+def test_a_batch_without_pictures_gets_a_blank_one_that_changes_nothing(dataset, processor, model):
+    """Every projector weight gets its gradient, zero: several processes wait for one another's."""
+    batch = DeltaLlavaCollator(processor, 512)([dataset[DrawnIndex(3, 16)]])
+    batch.pop(SKIPPED_KEY)
+    assert batch["num_visual_tokens"].tolist() == [16]
+    length = int(batch["attention_mask"].sum())
+    assert (batch["input_ids"][0, :length] != processor.image_token_id).all()
+    assert (batch["input_ids"][0, length:] == processor.image_token_id).all()
+    loss = model(**batch).loss
+    loss.backward()
+    for name, parameter in model.model.multi_modal_projector.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() < 1e-12, name
+    plain = {name: batch[name][:, :length] for name in ("input_ids", "attention_mask", "labels")}
+    torch.testing.assert_close(model(**plain).loss, loss)
 
 
 def test_a_batch_of_nothing_still_runs(processor, model):
