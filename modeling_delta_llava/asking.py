@@ -24,28 +24,22 @@ def parse_budgets(text: str | None) -> int | list[int] | None:
 
 
 def open_image(source: str):
-    """A decoded picture from a path or an http(s) address."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    """A picture from a path or an http(s) address, in the processor's view of it."""
+    from PIL import UnidentifiedImageError
 
-    if source.startswith(("http://", "https://")):
-        from transformers.image_utils import load_image
+    from .processing_delta_llava import UNREADABLE, open_picture, rgb_picture
 
-        try:
-            return load_image(source)
-        except Exception as error:  # the address decides which library fails, and how
-            raise UserError(f"{source} could not be fetched as a picture ({error})") from error
-    path = Path(source)
-    if not path.exists():
-        raise UserError(f"no such image: {source}")
-    if path.is_dir():
-        raise UserError(f"{source} is a folder, not an image: name a picture in it")
+    if not source.startswith(("http://", "https://")):
+        if not os.path.exists(source):
+            raise UserError(f"no such image: {source}")
+        if os.path.isdir(source):
+            raise UserError(f"{source} is a folder, not an image: name a picture in it")
     try:
-        image = ImageOps.exif_transpose(Image.open(path))
+        return rgb_picture(open_picture(source))
     except UnidentifiedImageError:
         raise UserError(f"{source} is not an image that Pillow can read") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{source} is damaged or too large ({error})") from error
-    return image
+    except UNREADABLE as error:
+        raise UserError(f"{source} cannot be fetched, is damaged or too large ({error})") from error
 
 
 def _check_folder(model: str) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from .configuration_delta_llava import DeltaLlavaConfig
 from .errors import UserError
@@ -20,14 +21,21 @@ SENTENCEPIECE_MODEL_TYPES = ("llama", "mistral")
 # Language models that the released scripts train on the Vicuna v1 format, whatever template their tokenizer brings.
 VICUNA_MODEL_TYPES = ("llama", "mistral", "phi3", "gemma")
 
-OPENAI_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-OPENAI_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+# Jinja condition: a conversation that a template without tools would show in part.
+WITH_TOOLS = (
+    "tools or messages | selectattr('role', 'equalto', 'tool') | list "
+    "or messages | selectattr('tool_calls', 'defined') | selectattr('tool_calls') | list"
+)
+
+
+def _template_file(name: str, image_token: str) -> str:
+    text = (resources.files(__package__) / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    return text.replace(IMAGE_TOKEN, image_token)
 
 
 def read_chat_template(name: str, image_token: str = IMAGE_TOKEN) -> str:
-    """A chat template of this package (`vicuna_v1`, `plain`, `chatml`, `flatten_images`) for an image token."""
-    text = (resources.files(__package__) / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
-    return text.replace(IMAGE_TOKEN, image_token)
+    """A chat template of this package (`vicuna_v1`, `plain`, `chatml`) for an image token; it refuses tools."""
+    return _template_file("no_tools", image_token) + _template_file(name, image_token)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, template: str, messages: list[dict]) -> str | None:
@@ -43,7 +51,8 @@ def backbone_chat_template(tokenizer: PreTrainedTokenizerBase, image_token: str)
     """The language model's own chat template, extended by images.
 
     A tokenizer without a template gets Vicuna v1. A template that renders as ChatML is replaced by an equal one that
-    marks what the assistant says, which training needs; any other one is kept, behind a step that flattens images.
+    marks what the assistant says, which training needs, except in conversations with tools, if it knows tools; any
+    other one is kept, behind a step that flattens images. Templates that know no tools refuse them.
     """
     own = tokenizer.chat_template
     if not own:
@@ -62,9 +71,13 @@ def backbone_chat_template(tokenizer: PreTrainedTokenizerBase, image_token: str)
         [question, answer, question],
         [{"role": "system", "content": "Be brief."}, question, answer, question],
     )
-    if all(_render(tokenizer, own, probe) == _render(tokenizer, marked, probe) for probe in probes):
-        return marked
-    return read_chat_template("flatten_images", image_token) + own
+    is_chatml = all(_render(tokenizer, own, probe) == _render(tokenizer, marked, probe) for probe in probes)
+    kept = _template_file("flatten_images", image_token) + own
+    if "tools" not in own:
+        return marked if is_chatml else _template_file("no_tools", image_token) + kept
+    if not is_chatml:
+        return kept
+    return f"{{%- if {WITH_TOOLS} -%}}{kept}{{%- else -%}}{marked}{{%- endif -%}}"
 
 
 def released_chat_template(tokenizer: PreTrainedTokenizerBase, image_token: str, model_type: str) -> str:

@@ -1,25 +1,36 @@
 """Processor of Delta-LLaVA: chat template, placeholder expansion, pixels, and each image's visual-token budget."""
 
+import base64
+import io
+import itertools
+import os
+import urllib.request
+from typing import Any
+
 import numpy as np
-from PIL import Image
-from transformers.image_utils import ImageInput, is_valid_image, make_flat_list_of_images
+import torch
+from PIL import ExifTags, Image, ImageOps
+from transformers.image_utils import is_valid_image, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils import logging
 
-from .configuration_delta_llava import require_transformers, scale_factor
+from .configuration_delta_llava import AUTO_MAP, image_budgets, require_transformers
 
 logger = logging.get_logger(__name__)
 
-# Beyond this ratio of its sides, resizing the shorter side of an unpadded image costs gigabytes.
+# A larger picture is shrunk to this side before transformers pads it to a square, which then takes 200 MB.
+MAX_PADDED_SIDE = 8192
+# Of a longer picture that is not padded, only the middle is resized: the centre crop keeps no more.
 MAX_ASPECT_RATIO = 200
-# A square of this many pixels takes half a gigabyte while it is prepared. It is also Pillow's own limit for a file.
-MAX_PIXELS = 89_478_485
+DOWNLOAD_SECONDS, MAX_DOWNLOAD_BYTES = 60, 2**28
+# What Pillow raises for files that are damaged, foreign or larger than its own limit.
+UNREADABLE = (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError)
 
 
 class DeltaLlavaImagesKwargs(ImagesKwargs, total=False):
     """`num_visual_tokens`: one budget for all images, or one for each in the order of their placeholders."""
 
-    num_visual_tokens: int | list[int] | None
+    num_visual_tokens: Any  # int, or list[int], array or tensor of shape (images,)
 
 
 class DeltaLlavaProcessorKwargs(ProcessingKwargs, total=False):
@@ -27,57 +38,97 @@ class DeltaLlavaProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": False}}
 
 
-def to_eight_bits(image: Image.Image) -> Image.Image:
-    """The picture with 16-bit grey values (PIL modes `I;16` and `I`) scaled to 8 bits; PIL itself clips them to white.
+def open_picture(source: str | os.PathLike | bytes) -> Image.Image:
+    """A picture, not yet decoded, from a path, an http(s) address, a base64 string (bare or `data:...`) or file bytes.
 
     Raises:
-        ValueError: for floating-point pictures, and for integers outside 0 to 65535.
+        OSError, ValueError: nothing is there, or no picture.
     """
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        request = urllib.request.Request(source, headers={"User-Agent": "delta-llava"})
+        with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as answer:
+            source = answer.read(MAX_DOWNLOAD_BYTES + 1)
+        if len(source) > MAX_DOWNLOAD_BYTES:
+            raise ValueError(f"{request.full_url} is larger than {MAX_DOWNLOAD_BYTES:,} bytes")
+    elif isinstance(source, str) and not os.path.isfile(source):
+        try:
+            return Image.open(io.BytesIO(base64.b64decode(source.rpartition(",")[2])))
+        except (OSError, ValueError):
+            raise ValueError(f"{source[:200]!r} is no file, no http(s) address and no picture in base64") from None
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def eight_bits(values: np.ndarray) -> np.ndarray:
+    """Whole numbers as uint8: 16-bit values without their lower byte, and so wider ones if any is above 255."""
+    low, high = values.min(initial=0), values.max(initial=0)
+    if low < 0 or high > 0xFFFF:
+        raise ValueError(f"it has values from {low} to {high}, outside 0 to 65535: convert it to 8 bits first")
+    if high > 255 or (values.dtype.kind == "u" and values.dtype.itemsize == 2):
+        values = values // 256
+    return values.astype(np.uint8)
+
+
+def rgb_picture(image: Image.Image) -> Image.Image:
+    """
+    The one view of a picture that training and inference share, whatever brought it: upright (EXIF), 8-bit RGB.
+
+    Transparency is dropped and not pasted on a colour, as the released code does. 16-bit grey is divided by 256, which
+    Pillow itself would clip to white; mode `I` with values up to 255 holds 8 bits already.
+
+    Raises:
+        ValueError: for modes without a defined white (`F`, integers outside 0 to 65535) and pictures without pixels.
+        OSError, SyntaxError, EOFError: if the picture cannot be decoded.
+    """
+    if min(image.size) == 0:
+        raise ValueError(f"it is {image.width} x {image.height} pixels")
+    if getattr(image, "n_frames", 1) > 1:
+        logger.warning_once("An animated image was given: its current frame is used.")
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("PIL mode 'F' has no defined white: convert it to 8 bits first")
-    if not image.mode.startswith("I"):
-        return image
-    pixels = np.asarray(image)
-    if pixels.min(initial=0) < 0 or pixels.max(initial=0) > 0xFFFF:
-        raise ValueError(f"PIL mode {image.mode!r} with values outside 0 to 65535: convert it to 8 bits first")
-    return Image.fromarray((pixels // 256).astype(np.uint8))
+    if image.mode.startswith("I"):
+        image = Image.fromarray(eight_bits(np.asarray(image)))
+    image = image.convert("RGB")
+    image.info.clear()  # a transparent colour that is still named there would be pasted on white after all
+    return image
 
 
-def leaves(images) -> list:
-    """The single images of a possibly nested list."""
-    if not isinstance(images, (list, tuple)):
-        return [images]
-    return [leaf for nested in images for leaf in leaves(nested)]
-
-
-def checked_image(image: ImageInput, position: int, padded: bool) -> ImageInput:
-    """The image, decoded and in at most 8 bits per channel.
-
-    Raises:
-        ValueError: names the image by its position when it is truncated, too elongated or not convertible.
+def rgb_array(image: np.ndarray | torch.Tensor, layout: str | None = None) -> Image.Image | np.ndarray:
     """
-    if isinstance(image, Image.Image):
-        try:
-            image.load()
-            if getattr(image, "n_frames", 1) > 1:
-                logger.warning_once("An animated image was given: its current frame is used.")
-            image = to_eight_bits(image)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"Image {position} cannot be read: {error}") from error
-        sides = image.size
-    else:
-        sides = sorted(image.shape)[-2:]  # channels come first or last, and are the smallest axis
-    long, short = max(sides), min(sides)
-    if padded and long**2 > MAX_PIXELS:
-        raise ValueError(
-            f"Image {position} is {sides[0]} x {sides[1]}: padded to a square it would have {long**2:,} pixels, more "
-            f"than {MAX_PIXELS:,}; crop or shrink it"
-        )
-    if not padded and long > MAX_ASPECT_RATIO * short:
-        raise ValueError(
-            f"Image {position} is {sides[0]} x {sides[1]}: without padding, sides may differ by a factor of "
-            f"{MAX_ASPECT_RATIO} at most; crop it, or process it with do_pad=True"
-        )
+    The same view of an array or tensor of shape `(H, W)`, `(H, W, C)` or `(C, H, W)` with 1 to 4 channels.
+
+    Whole numbers become a picture. Floats, whose range only the caller knows, become an array of shape `(3, H, W)`.
+    `layout` is transformers' `input_data_format`; without it, a doubtful shape is `(C, H, W)` if it is a tensor's.
+    """
+    axes = (0, -1) if isinstance(image, torch.Tensor) else (-1, 0)
+    if isinstance(image, torch.Tensor):
+        image = (image.float() if image.is_floating_point() else image).numpy(force=True)
+    if image.dtype.kind not in "uif":
+        raise ValueError(f"its dtype is {image.dtype}: give integers or floats")
+    if image.ndim == 2:
+        image, layout = image[..., None], "channels_last"
+    if image.ndim == 3:
+        if layout is not None:
+            axes = (0,) if layout == "channels_first" else (-1,)
+        axis = next((axis for few in ((3, 4), (1, 2)) for axis in axes if image.shape[axis] in few), None)
+    if image.ndim != 3 or axis is None:
+        raise ValueError(f"its shape is {image.shape}: give (height, width), with 1 to 4 channels before or behind")
+    image = np.moveaxis(image, axis, -1)
+    image = image[..., :3] if image.shape[-1] > 2 else image[..., :1].repeat(3, axis=-1)
+    return np.moveaxis(image, -1, 0) if image.dtype.kind == "f" else rgb_picture(Image.fromarray(eight_bits(image)))
+
+
+def bounded(image: Image.Image, padded: bool, cropped: bool) -> Image.Image:
+    """A picture whose padding or resizing would take gigabytes, shrunk or cropped first; any other one as it is."""
+    long, short = max(image.size), min(image.size)
+    if padded and long > MAX_PADDED_SIDE:
+        sides = [max(1, round(side * MAX_PADDED_SIDE / long)) for side in image.size]
+        return image.resize(sides, Image.Resampling.BICUBIC)
+    if cropped and not padded and long > MAX_ASPECT_RATIO * short:
+        # The cuts at both ends are equal, so that the centre stays where it is.
+        left, top = (max(0, side - MAX_ASPECT_RATIO * short) // 2 for side in image.size)
+        return image.crop((left, top, image.width - left, image.height - top))
     return image
 
 
@@ -87,8 +138,14 @@ class DeltaLlavaProcessor(ProcessorMixin):
 
     Every placeholder becomes as many image tokens as its image has visual tokens. A budget can be asked for per call,
     for all images or for each: `processor(images=[thumbnail, page], text=..., num_visual_tokens=[16, 576])`, or
-    `apply_chat_template(..., processor_kwargs={"num_visual_tokens": 36})`; the output then holds `num_visual_tokens`
-    of shape `(images,)` for the model.
+    `apply_chat_template(..., processor_kwargs={"num_visual_tokens": 36})`; the output then holds `num_visual_tokens`,
+    int64 of shape `(images,)`, for the model. `pixel_values` are of shape `(images, 3, height, width)`.
+
+    Images are PIL images, arrays, tensors, paths, http(s) addresses, base64 strings or file bytes, in a list, or in
+    one list per prompt. All give the pixels of [`rgb_picture`], at any size. One route decodes pictures before the
+    processor sees them: `pipeline(images=...)` clips 16-bit grey; pictures inside of chat messages are not affected.
+
+    Prompts that start with BOS, as rendered templates do, get no second one.
 
     Args:
         image_processor: transformers' LLaVA image processor (or CLIP's, or SigLIP's).
@@ -97,6 +154,11 @@ class DeltaLlavaProcessor(ProcessorMixin):
         grid_size (`int`, *optional*, defaults to 24): patches along one side of an image.
         chat_template (`str`, *optional*): Jinja template of conversations.
         image_token (`str`, *optional*, defaults to `"<image>"`): the placeholder.
+
+    Raises:
+        ValueError: for impossible budgets, unreadable images, numbers of images and placeholders that differ, prompts
+            that are empty or no strings, and `videos` or `audio`.
+        TypeError: for images of an unknown type.
     """
 
     valid_processor_kwargs = DeltaLlavaProcessorKwargs
@@ -111,122 +173,99 @@ class DeltaLlavaProcessor(ProcessorMixin):
         image_token: str = "<image>",
         **kwargs,
     ):
-        scale_factor(num_visual_tokens, grid_size)
-        self.num_visual_tokens = num_visual_tokens
+        self.num_visual_tokens = image_budgets(num_visual_tokens, 1, grid_size)
         self.grid_size = grid_size
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
             raise ValueError(f"The tokenizer has no token {image_token!r}: add it, or name the image token it has")
+        # Loading drops the entry and saving adds it: a processor is the same before and after.
+        self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
-    def _budgets(self, num_visual_tokens: int | list[int] | None, num_images: int) -> list[int]:
-        """One checked budget per image."""
-        if num_visual_tokens is None:
-            num_visual_tokens = self.num_visual_tokens
-        budgets = [num_visual_tokens] * num_images if isinstance(num_visual_tokens, int) else list(num_visual_tokens)
-        if len(budgets) != num_images:
-            raise ValueError(
-                f"num_visual_tokens has {len(budgets)} entries for {num_images} images: give one per image"
-            )
-        for budget in dict.fromkeys([*budgets, num_visual_tokens] if isinstance(num_visual_tokens, int) else budgets):
-            scale_factor(budget, self.grid_size)
-        return budgets
-
-    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        """As `ProcessorMixin.__call__`; prompts that start with BOS, as rendered templates do, get no second one."""
-        samples = [text] if isinstance(text, str) else text
-        if isinstance(samples, (list, tuple)) and samples and self._adds_bos(kwargs):
-            written = [isinstance(sample, str) and sample.startswith(self.tokenizer.bos_token) for sample in samples]
-            if any(written):
-                if not all(written):
-                    raise ValueError(
-                        f"Some prompts start with {self.tokenizer.bos_token} and some do not: use one form"
-                    )
-                kwargs["add_special_tokens"] = False
-        return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
-
-    def _adds_bos(self, kwargs: dict) -> bool:
-        """Whether the tokenizer is about to put BOS in front of a prompt."""
-        if self.tokenizer.bos_token is None or not self._asks_for(kwargs, "text_kwargs", "add_special_tokens", True):
-            return False
-        return self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]
-
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        if text is not None and not isinstance(text, (str, list, tuple)):
-            raise ValueError(f"text must be a string or a list of strings, not {type(text).__name__}")
-        for position, image in enumerate(leaves(images) if images is not None else ()):
-            if not isinstance(image, str) and not is_valid_image(image):
+        for name, given in (("videos", videos), ("audio", audio)):
+            if given is not None:
+                raise ValueError(f"Delta-LLaVA sees images and text only: call the processor without {name}")
+        if text is not None:
+            text = self._prompts(text, _option(kwargs, "text_kwargs", "add_special_tokens"))
+        if images is not None:
+            positions = itertools.count()
+
+            def view(images):
+                if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4:
+                    return [view(image) for image in images]
+                return self._view(images, next(positions), kwargs)
+
+            images = view(images)
+            images = images if isinstance(images, list) else [images]
+            if any(isinstance(row, list) for row in images):
+                images = [row if isinstance(row, list) else [row] for row in images]
+            if next(positions) == 0:
+                images = None
+        return super().prepare_inputs_layout(images=images, text=text, **kwargs)
+
+    def _prompts(self, text, add_special_tokens: bool | None) -> list[str]:
+        """The prompts as a list, without a written BOS where the tokenizer is about to put one."""
+        text = [text] if isinstance(text, str) else text
+        if not isinstance(text, (list, tuple)) or not all(isinstance(prompt, str) for prompt in text):
+            raise ValueError("text must be a string or a list of strings")
+        if not all(prompt.strip() for prompt in text):
+            raise ValueError("The prompt is empty: give it a question, or an image placeholder")
+        bos = self.tokenizer.bos_token
+        if (
+            bos
+            and add_special_tokens is not False
+            and self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]
+        ):
+            return [prompt.removeprefix(bos) for prompt in text]
+        return list(text)
+
+    def _view(self, image, position: int, kwargs: dict) -> Image.Image | np.ndarray:
+        """One image as [`rgb_picture`] or [`rgb_array`] gives it, of bounded size; errors name its position."""
+        try:
+            if isinstance(image, (str, os.PathLike, bytes)):
+                image = open_picture(image)
+            if isinstance(image, Image.Image):
+                image = rgb_picture(image)
+            elif is_valid_image(image):
+                image = rgb_array(image, _option(kwargs, "images_kwargs", "input_data_format"))
+            else:
                 raise TypeError(
                     f"Image {position} is a {type(image).__name__}: give a PIL image, an array, a path or an address"
                 )
-        if (
-            text is not None
-            and isinstance(images, (list, tuple))
-            and any(isinstance(row, (list, tuple)) for row in images)
-        ):
-            self._check_rows([text] if isinstance(text, str) else text, images)
-        images, text, videos, audio = super().prepare_inputs_layout(
-            images=images, text=text, videos=videos, audio=audio, **kwargs
-        )
-        if images is not None:
-            padded = self._asks_for(kwargs, "images_kwargs", "do_pad", getattr(self.image_processor, "do_pad", False))
-            flat = make_flat_list_of_images(images) if leaves(images) else []
-            images = [checked_image(image, position, padded) for position, image in enumerate(flat)] or None
-        return images, text, videos, audio
-
-    def _check_rows(self, samples: list[str], images: list):
-        """Raises `ValueError` when nested images do not belong to the prompts they are given with."""
-        if len(images) != len(samples):
-            raise ValueError(
-                f"There are {len(samples)} prompts but {len(images)} lists of images: give one per prompt"
-            )
-        for row, (sample, given) in enumerate(zip(samples, images, strict=True)):
-            placeholders = sample.count(self.image_token) if isinstance(sample, str) else 0
-            if placeholders != len(leaves(given)):
-                raise ValueError(
-                    f"Prompt {row} holds {placeholders} {self.image_token} placeholders but {len(leaves(given))} "
-                    f"images were given with it: the number of {self.image_token} tokens in the prompts should be the "
-                    "same as the number of images"
-                )
-
-    @staticmethod
-    def _asks_for(kwargs: dict, modality: str, name: str, default):
-        """A keyword of this call, given flat or inside the modality's dictionary."""
-        return kwargs.get(name, (kwargs.get(modality) or {}).get(name, default))
+        except UNREADABLE as error:
+            raise ValueError(f"Image {position} cannot be read: {error}") from error
+        defaults = {name: getattr(self.image_processor, name, False) for name in ("do_pad", "do_center_crop")}
+        padded, cropped = (_option(kwargs, "images_kwargs", name, default) for name, default in defaults.items())
+        return bounded(image, padded, cropped) if isinstance(image, Image.Image) else image
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        images = images or []
+        in_rows = any(isinstance(row, list) for row in images)
+        given = [len(row) for row in images] if in_rows else [len(images)]
         if text is not None:
-            samples = [text] if isinstance(text, str) else text
-            if not all(isinstance(sample, str) for sample in samples):
-                raise ValueError("text must be a string or a list of strings")
-            if any(not sample.strip() for sample in samples):
-                raise ValueError("The prompt is empty: give it a question, or an image placeholder")
-            placeholders = [sample.count(self.image_token) for sample in samples]
-            num_images = 0 if images is None else len(images)
-            if sum(placeholders) != num_images:
+            asked = [prompt.count(self.image_token) for prompt in text]
+            if (asked if in_rows else [sum(asked)]) != given:
                 raise ValueError(
-                    f"The prompts hold {sum(placeholders)} {self.image_token} placeholders ({placeholders} per "
-                    f"prompt), but {num_images} images were given: the number of {self.image_token} tokens in the "
-                    "prompts should be the same as the number of images"
+                    f"The prompts hold {asked} {self.image_token} placeholders, but {given} images were given: the "
+                    f"number of {self.image_token} tokens in the prompts should be the same as the number of images"
                 )
-        if (budget := self._asks_for(kwargs, "images_kwargs", "num_visual_tokens", None)) is not None:
-            self._budgets(budget, 0 if images is None else len(images))
-        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        if (budgets := _option(kwargs, "images_kwargs", "num_visual_tokens")) is not None:
+            image_budgets(budgets, sum(given), self.grid_size)
+        super().validate_inputs(images=images or None, text=text, videos=videos, audio=audio, **kwargs)
 
-    def _process_images(self, images: ImageInput, num_visual_tokens: int | list[int] | None = None, **kwargs):
-        budgets = self._budgets(num_visual_tokens, len(images))
+    def _process_images(self, images, num_visual_tokens=None, input_data_format=None, **kwargs):
+        # `input_data_format` is used up: what comes here are pictures, and arrays of shape (3, height, width).
+        images = make_flat_list_of_images(images)
         processed = self.image_processor(images, **kwargs)
-        replacements = [self.image_token * budget for budget in budgets]
         if num_visual_tokens is not None:
-            processed["num_visual_tokens"] = budgets
-        return processed, replacements
+            processed["num_visual_tokens"] = self._budgets(num_visual_tokens, len(images))
+        return processed, [self.replace_image_token(processed, index) for index in range(len(images))]
 
-    def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
-        output = super().apply_chat_template(conversation, chat_template, **kwargs)
-        if kwargs.get("return_assistant_tokens_mask") and "pixel_values" in output:
-            require_transformers("5.23", "return_assistant_tokens_mask beside images")
-        return output
+    def _budgets(self, num_visual_tokens, num_images: int) -> list[int]:
+        budgets = self.num_visual_tokens if num_visual_tokens is None else num_visual_tokens
+        return np.broadcast_to(image_budgets(budgets, num_images, self.grid_size), num_images).tolist()
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The text that stands for one processed image: its placeholder, once per visual token."""
@@ -234,14 +273,59 @@ class DeltaLlavaProcessor(ProcessorMixin):
         budget = self.num_visual_tokens if budgets is None else int(budgets[image_idx])
         return self.image_token * budget
 
-    def _get_num_multimodal_tokens(
-        self, image_sizes: list | None = None, num_visual_tokens: int | list[int] | None = None, **kwargs
-    ) -> MultiModalData:
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """As `ProcessorMixin.apply_chat_template`.
+
+        Raises:
+            ValueError: for an empty conversation, messages and text parts without text, and the image placeholder
+                written out where it is not a picture's place: beside image parts, and in what users did not say.
+        """
+        batched = conversation and (isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages"))
+        for messages in conversation if batched else [conversation]:
+            self._check_messages(getattr(messages, "messages", messages), kwargs.get("sanitize_control_tokens", False))
+        output = super().apply_chat_template(conversation, *args, **kwargs)
+        if kwargs.get("return_assistant_tokens_mask") and "pixel_values" in output:
+            require_transformers("5.23", "return_assistant_tokens_mask beside images")
+        return output
+
+    def _check_messages(self, messages, sanitized: bool):
+        if not messages:
+            raise ValueError("The conversation is empty: give it a message")
+        messages = [message for message in messages if isinstance(message, dict)]
+        kinds = {part.get("type") for message in messages for part in _parts(message)}
+        for number, message in enumerate(messages, start=1):
+            where, content = f"Message {number} (from {message.get('role')})", message.get("content")
+            if content is None and not message.get("tool_calls"):
+                raise ValueError(f"{where} has no content: give it a text, or a list of parts")
+            # A user's plain string marks images that are given apart from the conversation.
+            marks = isinstance(content, str) and message.get("role") == "user" and not kinds & {"image", "image_url"}
+            texts = [part.get("text") for part in _parts(message) if part.get("type") == "text"]
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{where} has a text part without text: give it a string, or leave it out")
+            if any(self.image_token in text for text in texts) and not (marks or sanitized):
+                raise ValueError(
+                    f"{where} has {self.image_token} in its text, which stands for an image: show images as parts "
+                    'such as {"type": "image", "image": ...}, and write the word in another way'
+                )
+
+    def _get_num_multimodal_tokens(self, image_sizes: list | None = None, num_visual_tokens=None, **kwargs):
         """Image tokens and patches (pixel tensors) of images of the given sizes, as inference servers ask for them."""
         if image_sizes is None:
             return MultiModalData()
         budgets = self._budgets(num_visual_tokens, len(image_sizes))
         return MultiModalData(num_image_tokens=budgets, num_image_patches=[1] * len(budgets))
+
+
+def _option(kwargs: dict, modality: str, name: str, default=None):
+    """A keyword of a call, given flat or inside of the modality's dictionary."""
+    given = kwargs.get(name, (kwargs.get(modality) or {}).get(name))
+    return default if given is None else given
+
+
+def _parts(message: dict) -> list[dict]:
+    """The parts of a message; a string is one text part."""
+    content = message.get("content") or []
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 DeltaLlavaProcessor.register_for_auto_class("AutoProcessor")

@@ -100,13 +100,16 @@ def sentencepiece_tokenizer(
             byte_fallback=True,
         )
     )
+    appended = dict.fromkeys([*added_tokens, image_token])
+    user_defined = [piece.piece for piece in model.pieces if piece.type == types["USER_DEFINED"]]
     # A dummy space behind every image whose next chunk is not empty, and behind a rendered BOS. In front of everything
     # else Metaspace puts it, except in front of a space, where the slow tokenizer has two.
     image, bos = _escape(image_token), _escape(bos_token)
+    nothing = "|".join([*map(_escape, (unk_token, *control, *appended, *user_defined)), r"\z"])
     dummy_spaces = [
-        (rf"{image}(?!{image}|\z)", image_token + SPACE),
-        (rf"\A{bos}(?!{image}|\z)", bos_token + SPACE),
-        *([(rf"\A[ {SPACE}]", SPACE * 2)] if legacy else []),
+        (rf"{image}(?!{nothing})", image_token + SPACE),
+        (rf"\A{bos}(?!{nothing})", bos_token + SPACE),
+        (rf"\A[ {SPACE}]", SPACE * 2),
     ]
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Replace(Regex(pattern), content) for pattern, content in dummy_spaces]
@@ -117,14 +120,14 @@ def sentencepiece_tokenizer(
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    user_defined = [piece.piece for piece in model.pieces if piece.type == types["USER_DEFINED"]]
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in user_defined])
+    # A token that is not `normalized` cuts the text before the normaliser sees it, so that `\A` matches behind it too:
+    # right in legacy mode, where the slow tokenizer puts its dummy space there as well.
+    tokenizer.add_tokens([AddedToken(token, normalized=not legacy) for token in user_defined])
     tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=token == bos_token, special=True) for token in (unk_token, *control)]
-    )
-    appended = dict.fromkeys([*added_tokens, image_token])
-    tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=token == image_token, special=True) for token in appended]
+        [
+            AddedToken(token, normalized=not legacy or token in (bos_token, image_token), special=True)
+            for token in (unk_token, *control, *appended)
+        ]
     )
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos_token} $A",
@@ -134,8 +137,8 @@ def sentencepiece_tokenizer(
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=AddedToken(bos_token, normalized=True, special=True),
-        eos_token=AddedToken(eos_token, normalized=False, special=True),
-        unk_token=AddedToken(unk_token, normalized=False, special=True),
+        eos_token=AddedToken(eos_token, normalized=not legacy, special=True),
+        unk_token=AddedToken(unk_token, normalized=not legacy, special=True),
         pad_token=pad_token,
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],

@@ -5,6 +5,7 @@ left at transformers' defaults.
 """
 
 from modeling_delta_llava import DeltaLlavaConfig
+from modeling_delta_llava.configuration_delta_llava import DEFAULT_VISION_CONFIG
 from modeling_delta_llava.errors import UserError
 
 LANGUAGE_MODELS = {
@@ -49,24 +50,8 @@ LANGUAGE_MODELS = {
 """Text configs by Hub id."""
 
 VISION_TOWERS = {
-    "openai/clip-vit-large-patch14-336": {
-        "model_type": "clip_vision_model",
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 336,
-        "patch_size": 14,
-    },
-    "openai/clip-vit-large-patch14": {
-        "model_type": "clip_vision_model",
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 224,
-        "patch_size": 14,
-    },
+    "openai/clip-vit-large-patch14-336": DEFAULT_VISION_CONFIG,
+    "openai/clip-vit-large-patch14": {**DEFAULT_VISION_CONFIG, "image_size": 224},
     "openai/clip-vit-base-patch32": {
         "model_type": "clip_vision_model",
         "hidden_size": 768,

@@ -22,7 +22,7 @@ class DeltaLlavaCollator:
     """
 
     def __init__(self, processor: Any, max_length: int):
-        self.image_processor = processor.image_processor
+        self.processor = processor
         self.image_token_id = processor.image_token_id
         self.pad_token_id = processor.tokenizer.pad_token_id
         self.default_budget = processor.num_visual_tokens
@@ -75,7 +75,7 @@ class DeltaLlavaCollator:
         if blank is not None:
             batch["input_ids"][0, blank] = self.image_token_id
             pictures = [Image.new("RGB", (1, 1))]
-        batch["pixel_values"] = self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        batch["pixel_values"] = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
         if drawn:
             batch["num_visual_tokens"] = torch.tensor(budgets)
         batch[SKIPPED_KEY] = skipped

@@ -6,6 +6,8 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from ..processing_delta_llava import UNREADABLE, rgb_picture
+
 
 class BrokenImageError(ValueError):
     """A picture that cannot be used; the message names it and says why."""
@@ -30,38 +32,38 @@ def image_name(image: Any) -> str:
 
 
 def open_image(image: Any, folder: Path | None = None, max_pixels: int | None = None) -> Image.Image:
-    """Opens and fully decodes one picture as RGB.
+    """Opens and fully decodes one picture, in the processor's view of it (see `rgb_picture`).
 
     Args:
         image: a file name, a path, encoded bytes, a `{"bytes", "path"}` pair or a `PIL.Image.Image`.
         folder: where file names are looked up.
         max_pixels: width x height above which a picture is refused before it is decoded.
     Raises:
-        BrokenImageError: the file is missing, is no picture, is cut short, or is larger than `max_pixels`.
+        BrokenImageError: the file is missing, is no picture, is cut short, is larger than `max_pixels`, or of a mode
+            without a defined white.
     """
     source = resolve_image(image, folder)
     name = image_name(source)
+    encoded = source.get("bytes") if isinstance(source, dict) else source
+    if not isinstance(encoded, (bytes, bytearray, Path, Image.Image)):
+        raise BrokenImageError(f"{name}: neither a file name nor image data ({type(image).__name__})")
     try:
-        if isinstance(source, Image.Image):
-            picture = source
-        elif isinstance(source, (bytes, bytearray)):
-            picture = Image.open(io.BytesIO(source))
-        elif isinstance(source, dict) and source.get("bytes"):
-            picture = Image.open(io.BytesIO(source["bytes"]))
-        elif isinstance(source, Path):
-            picture = Image.open(source)
+        if isinstance(encoded, Image.Image):
+            picture = encoded
         else:
-            raise BrokenImageError(f"{name}: neither a file name nor image data ({type(image).__name__})")
+            picture = Image.open(encoded if isinstance(encoded, Path) else io.BytesIO(encoded))
         if max_pixels is not None and picture.width * picture.height > max_pixels:
             raise BrokenImageError(
                 f"{name}: {picture.width} x {picture.height} is over the limit of {max_pixels:,} pixels"
             )
-        return picture.convert("RGB")
+        return rgb_picture(picture)
+    except BrokenImageError:
+        raise
     except FileNotFoundError:
         raise BrokenImageError(f"{name}: missing") from None
     except UnidentifiedImageError:
         raise BrokenImageError(f"{name}: not a picture") from None
     except Image.DecompressionBombError:
         raise BrokenImageError(f"{name}: too many pixels to decode safely") from None
-    except (OSError, SyntaxError, EOFError) as error:
+    except UNREADABLE as error:
         raise BrokenImageError(f"{name}: cannot be decoded ({error})") from None

@@ -8,8 +8,10 @@ import re
 
 import pytest
 import sentencepiece
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from sentencepiece import sentencepiece_model_pb2
 
 from modeling_delta_llava.building import backbone_chat_template, load_tokenizer, read_chat_template
@@ -92,8 +94,7 @@ def test_one_pass_equals_training(text, tokenizers):
     assert single_pass(processor.tokenizer, "<s>" + text, add_special_tokens=False) == expected
     if "<image>" not in text:
         assert processor(text="<s>" + text)["input_ids"] == [expected]
-    if legacy or not text.startswith(" "):
-        assert single_pass(processor.tokenizer, text) == expected
+    assert single_pass(processor.tokenizer, text) == expected
 
 
 PIECES = [
@@ -123,6 +124,7 @@ def test_any_prompt_equals_training(pieces, tokenizers):
     if re.search(r"<(s|unk)>", prompt) or "\0" in prompt:
         return  # written-out control tokens are not text
     assert single_pass(processor.tokenizer, "<s>" + prompt, add_special_tokens=False) == slow_ids(prompt, legacy)
+    assert single_pass(processor.tokenizer, prompt) == slow_ids(prompt, legacy)
 
 
 def conversation(*turns: tuple[str, str, int]) -> list[dict]:
@@ -170,9 +172,13 @@ def test_every_way_to_tokenise_a_conversation_gives_trainings_ids(name, tokenize
     assert processor.tokenizer(served, add_special_tokens=False)["input_ids"] == expected
 
 
-def test_prompts_with_and_without_bos_do_not_mix(processor):
-    with pytest.raises(ValueError, match="Some prompts start with <s>"):
-        processor(text=["<s>one", "two"])
+def test_prompts_with_and_without_bos_mix(processor):
+    bos = processor.tokenizer.bos_token_id
+    ids = processor(text=["<s> one", " one", "one", "<s>one"])["input_ids"]
+    assert ids[0] == ids[1] == [bos, *ORACLE.encode(" one")]
+    assert ids[2] == ids[3] == [bos, *ORACLE.encode("one")]
+    assert processor(text="<s>one", add_special_tokens=False)["input_ids"] == ids[2:3]
+    assert processor(text="<s>one", text_kwargs={"add_special_tokens": False})["input_ids"] == ids[2:3]
 
 
 @pytest.mark.parametrize("template", ["vicuna_v1", "plain", "chatml", "flatten_images"])
@@ -188,6 +194,57 @@ def test_only_users_show_images(template, processor):
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": [{"type": "image"}]}]
     with pytest.raises(Exception, match="A part of type image cannot be shown here"):
         processor.apply_chat_template(messages, chat_template=read_chat_template(template))
+
+
+USER, PICTURE = {"role": "user"}, {"type": "image", "image": picture()}
+WORDS = [PICTURE, {"type": "text", "text": "What does <image> mean?"}]
+UNUSABLE = {
+    "no message": ([], "conversation is empty"),
+    "no message in a batch": ([[USER | {"content": "Hi"}], []], "conversation is empty"),
+    "one empty row": ([[]], "conversation is empty"),
+    "no content": ([USER], r"Message 1 \(from user\) has no content"),
+    "no text": ([USER | {"content": [PICTURE, {"type": "text", "text": None}]}], "Message 1 .* without text"),
+    "a placeholder in a part": ([USER | {"content": WORDS}], r"Message 1 \(from user\) has <image> in its text"),
+    "a placeholder in a part, no image": ([USER | {"content": WORDS[1:]}], "Message 1 .* has <image> in its text"),
+    "a placeholder in an answer": (
+        [USER | {"content": [PICTURE]}, {"role": "assistant", "content": "Write <image>."}],
+        r"Message 2 \(from assistant\) has <image> in its text",
+    ),
+    "a placeholder in a string, beside an image": (
+        [USER | {"content": [PICTURE]}, {"role": "assistant", "content": "A."}, USER | {"content": "<image>?"}],
+        "Message 3 .* has <image> in its text",
+    ),
+}
+
+
+@pytest.mark.parametrize("tokenize", [False, True])
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_conversations_that_cannot_be_shown(name, tokenize, processor):
+    messages, message = UNUSABLE[name]
+    with pytest.raises(ValueError, match=message):
+        processor.apply_chat_template(messages, tokenize=tokenize, return_dict=tokenize)
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="sanitize_control_tokens is of 5.23")
+def test_sanitised_words_may_hold_the_placeholder(processor):
+    output = processor.apply_chat_template(
+        [USER | {"content": WORDS}], tokenize=True, return_dict=True, sanitize_control_tokens=True
+    )
+    assert output["input_ids"][0].count(processor.image_token_id) == 4
+    assert "What does <image> mean?" in processor.tokenizer.decode(output["input_ids"][0])
+
+
+TOOLS = [{"type": "function", "function": {"name": "look_closer", "description": "", "parameters": {}}}]
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "plain", "chatml"])
+def test_tools_are_refused_by_formats_that_have_none(template, processor):
+    template, question = read_chat_template(template), USER | {"content": "Hi"}
+    with pytest.raises(Exception, match="without tools"):
+        processor.apply_chat_template([question], template, tools=TOOLS)
+    answer = {"role": "assistant", "content": "", "tool_calls": TOOLS}
+    with pytest.raises(Exception, match="without tools"):
+        processor.apply_chat_template([question, answer], template)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -384,6 +441,35 @@ def test_qwen_ids_are_chunk_by_chunk(chunks, qwen):
     for chunk in chunks[1:]:
         expected = [*expected, image_id, *tokenizer(chunk)["input_ids"]]
     assert tokenizer(image_token.join(chunks))["input_ids"] == expected
+
+
+QWEN_WITH_TOOLS = (
+    "{%- if tools %}{{- '<|im_start|>system\\nTools: ' + (tools | tojson) + '<|im_end|>\\n' }}"
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content + (m.tool_calls | default('')) + '\\n' }}"
+    "{%- endfor %}{%- else %}" + QWEN_TEMPLATE + "{%- endif %}"
+)
+
+
+def test_tools_reach_the_language_models_own_template(qwen):
+    tokenizer, image_token = qwen
+    tokenizer = type(tokenizer)(tokenizer_object=tokenizer._tokenizer)
+    tokenizer.chat_template = QWEN_WITH_TOOLS
+    template = backbone_chat_template(tokenizer, image_token)
+    content = [{"type": "text", "text": "What?"}, {"type": "image"}]
+    settings = {"chat_template": template, "tokenize": False}
+    rendered = tokenizer.apply_chat_template([USER | {"content": content}], tools=TOOLS, **settings)
+    assert "look_closer" in rendered
+    assert rendered.endswith(f"<|im_start|>user\n{image_token}\nWhat?\n")
+    own = tokenizer.apply_chat_template([USER | {"content": "Hi"}], tokenize=False)
+    assert tokenizer.apply_chat_template([USER | {"content": "Hi"}], **settings) == own
+    assert "generation" in template
+
+
+def test_a_chatml_template_without_tools_refuses_them(qwen):
+    tokenizer, image_token = qwen
+    template = backbone_chat_template(tokenizer, image_token)
+    with pytest.raises(Exception, match="without tools"):
+        tokenizer.apply_chat_template([USER | {"content": "Hi"}], chat_template=template, tools=TOOLS)
 
 
 def test_any_other_template_gets_images_in_front(qwen):
