@@ -107,7 +107,7 @@ def tower_flops(config: DeltaLlavaConfig, num_layers: int | None = None) -> int:
     embedding = 2 * patches * d * getattr(vision, "num_channels", 3) * vision.patch_size**2
     layer = 2 * tokens * (4 * d**2 + 2 * d * vision.intermediate_size) + 4 * tokens**2 * d
     pooling = 0
-    if getattr(vision, "vision_use_head", False):  # SigLIP's: one query attends to all tokens; nothing reads the result
+    if getattr(vision, "vision_use_head", False):  # SigLIP's: one query attends to all tokens
         pooling = 2 * (2 * tokens + 2) * d**2 + 4 * tokens * d + 4 * d * vision.intermediate_size
     return embedding + num_layers * layer + pooling
 

@@ -40,7 +40,7 @@ def kept_tensor(data: bytes = bytes(8), dtype: str = "F32", shape=(2,)) -> dict:
         ({"vision_config": None}, "has no vision_config with a model_type"),
         ({"vision_config": "clip"}, "has no vision_config with a model_type"),
         ({"vision_config": {"model_type": "clip_vision_model", "patch_size": 0}}, "impossible model"),
-        ({"num_visual_tokens": 5}, "impossible model"),
+        ({"num_visual_tokens": 5}, "num_visual_tokens=5 is not possible"),
         ({"delta_rank": "many"}, "'delta_rank' expected int"),
     ],
 )

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from modeling_delta_llava.configuration_delta_llava import AUTO_MAP
 from modeling_delta_llava.conversion import forms
 from modeling_delta_llava.conversion.convert import convert, peak_memory, preview
 from modeling_delta_llava.conversion.export import export
@@ -264,7 +265,10 @@ def test_a_folder_saved_by_the_model_exports_without_a_record(sources, tmp_path)
     said = []
     export(str(tmp_path / "saved"), tmp_path / "back", vision_tower="x/y", progress=False, say=said.append)
     found, expected = read_tensors(tmp_path / "back"), read_tensors(sources / "stage2")
-    assert found.keys() == expected.keys()
+    unread = {key for key in expected if f"encoder.layers.{model.config.num_tower_layers}." in key}
+    assert unread
+    assert found.keys() == expected.keys() - unread  # which the model did not build
+    expected = {key: tensor for key, tensor in expected.items() if key not in unread}
     rows = expected["lm_head.weight"].shape[0]
     assert found["lm_head.weight"].shape[0] == rows + 1
     found |= {key: found[key][:rows] for key in ("lm_head.weight", "model.embed_tokens.weight")}
@@ -533,7 +537,7 @@ def test_the_folder_is_complete(sources, tmp_path):
     assert not any(Path(name).name.startswith(".") for name in names)
     config = json.loads((tmp_path / "hub" / "config.json").read_text())
     assert config["architectures"] == ["DeltaLlavaForConditionalGeneration"]
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor"}
+    assert config["auto_map"] == AUTO_MAP
 
 
 def test_shard_sizes(sources, tmp_path):
@@ -546,7 +550,8 @@ def test_shard_sizes(sources, tmp_path):
     tensors = read_tensors(tmp_path / "hub")
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
     assert index["metadata"]["total_parameters"] == sum(math.prod(tensor.shape) for tensor in tensors.values())
-    assert load_model(tmp_path / "hub").num_parameters() == index["metadata"]["total_parameters"]
+    unread = sum(math.prod(tensor.shape) for name, tensor in tensors.items() if ".encoder.layers.7." in name)
+    assert load_model(tmp_path / "hub").num_parameters() == index["metadata"]["total_parameters"] - unread
 
 
 def test_shards_without_an_index_are_read_when_complete(stage2, tmp_path):

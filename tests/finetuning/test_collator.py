@@ -79,6 +79,7 @@ def test_a_batch_without_pictures_gets_a_blank_one_that_changes_nothing(dataset,
     length = int(batch["attention_mask"].sum())
     assert (batch["input_ids"][0, :length] != processor.image_token_id).all()
     assert (batch["input_ids"][0, length:] == processor.image_token_id).all()
+    model.train()
     loss = model(**batch).loss
     loss.backward()
     for name, parameter in model.model.multi_modal_projector.named_parameters():
