@@ -226,7 +226,7 @@ def measure_format(arguments: argparse.Namespace, work: Path, weights_format: st
     tower = write_tower_config(work / "tower", layout)
     if arguments.size != "7b":
         write_json(source / "config.json", training_config(layout, tower) | {"torch_dtype": "bfloat16"})
-    convert = [sys.executable, "-m", "delta_llava_cli", "convert", str(source), str(hub), "--no-progress"]
+    convert = [sys.executable, "-m", "delta_llava", "convert", str(source), str(hub), "--no-progress"]
     runs = {
         "cp": ["sh", "-c", 'cp -r --reflink=never "$0" "$1" && sync "$1"/*', str(source), str(copy)],
         "convert": convert,

@@ -18,7 +18,7 @@ from modeling_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGener
 PROCESSES = {
     "bare_python": ["-c", "pass"],
     "package": ["-c", "import modeling_delta_llava"],
-    "help": ["-m", "delta_llava_cli", "--help"],
+    "help": ["-m", "delta_llava", "--help"],
     "model_class": ["-c", "from modeling_delta_llava import DeltaLlavaForConditionalGeneration"],
     "llava_model_class": ["-c", "from transformers import LlavaForConditionalGeneration"],
 }

@@ -109,7 +109,7 @@ class MemoryOf:
 def publish(hub: LocalHub, folder: Path, home: Path) -> dict[str, object]:
     """Runs the command once: its time, memory, and what it says about its rate."""
     environment = hub.environment(home) | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    command = [sys.executable, "-m", "delta_llava_cli", "publish", str(folder), REPO, "--tag", "v1.0"]
+    command = [sys.executable, "-m", "delta_llava", "publish", str(folder), REPO, "--tag", "v1.0"]
     before = time.perf_counter()
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder.parent

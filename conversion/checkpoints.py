@@ -4,11 +4,11 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from delta_llava.errors import UserError
 from modeling_delta_llava.conversion.keys import describe_keys
 from modeling_delta_llava.conversion.safetensors_files import read_header
 from modeling_delta_llava.conversion.tensors import StoredTensor
 from modeling_delta_llava.conversion.torch_files import read_torch_file
-from modeling_delta_llava.errors import UserError
 from modeling_delta_llava.json_files import read_json
 
 WEIGHT_STEMS = (("model", "safetensors"), ("pytorch_model", "bin"))

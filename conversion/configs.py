@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
+from delta_llava.errors import UserError
 from modeling_delta_llava.configuration_delta_llava import DEFAULT_VISION_CONFIG, DeltaLlavaConfig
 from modeling_delta_llava.conversion.forms import PLAIN
 from modeling_delta_llava.conversion.tensors import DTYPES
-from modeling_delta_llava.errors import UserError
 from modeling_delta_llava.json_files import read_json
 
 # Fields of a training config that describe the multimodal part or the run; the rest is the language model's.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from delta_llava.errors import UserError
 from modeling_delta_llava.conversion import forms
 from modeling_delta_llava.conversion.checkpoints import file_inside
 from modeling_delta_llava.conversion.entries import json_bytes
@@ -33,7 +34,6 @@ from modeling_delta_llava.conversion.workspace import (
     transaction,
 )
 from modeling_delta_llava.conversion.writer import parse_size, plan_shards, write_shards
-from modeling_delta_llava.errors import UserError
 from modeling_delta_llava.folders import code_files, strip_foreign_code
 from modeling_delta_llava.json_files import read_json
 

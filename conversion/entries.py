@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from delta_llava.errors import UserError
 from modeling_delta_llava.conversion.keys import (
     LORA_FACTOR_RULES,
     LORA_PREFIX_RULES,
@@ -16,7 +17,6 @@ from modeling_delta_llava.conversion.keys import (
 )
 from modeling_delta_llava.conversion.streams import LowRankUpdate, MeanRows, Piece, Span
 from modeling_delta_llava.conversion.tensors import FLOATING, StoredTensor
-from modeling_delta_llava.errors import UserError
 
 TOWER = "model.vision_tower."
 PROJECTOR = "model.multi_modal_projector."

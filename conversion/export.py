@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from delta_llava.errors import UserError
 from modeling_delta_llava.conversion import configs, forms
 from modeling_delta_llava.conversion.checkpoints import file_inside, read_checkpoint, require_folder
 from modeling_delta_llava.conversion.convert import (
@@ -42,7 +43,6 @@ from modeling_delta_llava.conversion.streams import Literal, OutputTensor, Span,
 from modeling_delta_llava.conversion.tensors import DTYPES, item_size
 from modeling_delta_llava.conversion.workspace import check_output, check_space, interruptible, transaction
 from modeling_delta_llava.conversion.writer import parse_size, write_shards
-from modeling_delta_llava.errors import UserError
 from modeling_delta_llava.folders import refuse_foreign_code
 from modeling_delta_llava.json_files import read_json
 

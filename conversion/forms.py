@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from delta_llava.errors import UserError
 from modeling_delta_llava.conversion.checkpoints import file_inside, has_weights, read_checkpoint
-from modeling_delta_llava.errors import UserError
 from modeling_delta_llava.json_files import read_json
 
 STAGE2, STAGE1, LORA, FINETUNED = "stage2", "stage1", "lora", "finetuned"

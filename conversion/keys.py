@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from modeling_delta_llava.errors import UserError
+from delta_llava.errors import UserError
 
 
 class Rule(NamedTuple):

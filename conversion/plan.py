@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from delta_llava.errors import UserError
 from modeling_delta_llava.conversion import configs, forms
 from modeling_delta_llava.conversion.checkpoints import (
     Checkpoint,
@@ -41,7 +42,6 @@ from modeling_delta_llava.conversion.record import dropped_tensor
 from modeling_delta_llava.conversion.sources import is_hub_id, local_folder
 from modeling_delta_llava.conversion.streams import LowRankUpdate, OutputTensor, Span, TensorStream, target_dtype
 from modeling_delta_llava.conversion.tensors import StoredTensor
-from modeling_delta_llava.errors import UserError
 from modeling_delta_llava.json_files import read_json
 
 DTYPES = {"keep": None, "bfloat16": "BF16", "float16": "F16", "float32": "F32"}

@@ -5,10 +5,10 @@ import math
 import re
 from pathlib import Path
 
+from delta_llava.errors import UserError
 from modeling_delta_llava.conversion.checkpoints import file_inside
 from modeling_delta_llava.conversion.keys import PLAIN_TRAINING_RULES, TRAINING_RULES
 from modeling_delta_llava.conversion.tensors import DTYPES, item_size
-from modeling_delta_llava.errors import UserError
 from modeling_delta_llava.json_files import read_json
 
 # In the Hub folder: what training wrote beside the weights, as `delta-llava export` puts it back.

@@ -5,8 +5,8 @@ import math
 import os
 from pathlib import Path
 
+from delta_llava.errors import UserError
 from modeling_delta_llava.conversion.tensors import DTYPES, StoredTensor, contiguous_strides, item_size
-from modeling_delta_llava.errors import UserError
 
 # The format's own limit.
 MAX_HEADER_BYTES = 100_000_000

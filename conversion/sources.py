@@ -4,10 +4,10 @@ import glob
 import re
 from pathlib import Path
 
+from delta_llava.errors import UserError
 from modeling_delta_llava.conversion.checkpoints import file_inside, read_weight_map, require_folder
 from modeling_delta_llava.conversion.tensors import format_bytes
 from modeling_delta_llava.conversion.workspace import free_bytes
-from modeling_delta_llava.errors import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from delta_llava.errors import UserError
 from modeling_delta_llava.conversion.tensors import DTYPES, FLOATING, StoredTensor, item_size
-from modeling_delta_llava.errors import UserError
 
 BUFFER_BYTES = 4 << 20
 # Elements of one block of a LoRA merge, in fp32.

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from delta_llava.errors import UserError
 from modeling_delta_llava.conversion.tensors import SAFETENSORS_NAME, StoredTensor, contiguous_strides, item_size
-from modeling_delta_llava.errors import UserError
 
 # torch's name for a typed storage -> dtype.
 _STORAGE_DTYPES = {

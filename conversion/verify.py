@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from delta_llava.errors import UserError
 from modeling_delta_llava.conversion import forms
 from modeling_delta_llava.conversion.checkpoints import read_checkpoint, require_folder
 from modeling_delta_llava.conversion.convert import progress_bar, quiet_transformers
@@ -14,7 +15,6 @@ from modeling_delta_llava.conversion.export import hub_entries, load_output, rea
 from modeling_delta_llava.conversion.plan import Options, Plan, make_plan
 from modeling_delta_llava.conversion.streams import OutputTensor, Span, TensorStream
 from modeling_delta_llava.conversion.tensors import FLOATING, format_bytes, item_size
-from modeling_delta_llava.errors import UserError
 from modeling_delta_llava.folders import check_code, code_files, holds_model, refuse_foreign_code
 from modeling_delta_llava.json_files import read_json
 

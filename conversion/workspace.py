@@ -12,9 +12,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from delta_llava.errors import UserError
 from modeling_delta_llava.conversion.tensors import format_bytes
 from modeling_delta_llava.conversion.writer import flush
-from modeling_delta_llava.errors import UserError
 from modeling_delta_llava.folders import check_output_folder, holds_model
 
 _OWNER_FILE = ".owner.json"

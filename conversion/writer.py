@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from delta_llava.errors import UserError
 from modeling_delta_llava.conversion.safetensors_files import header_bytes
 from modeling_delta_llava.conversion.streams import OutputTensor, Span, TensorStream
 from modeling_delta_llava.conversion.tensors import item_size
-from modeling_delta_llava.errors import UserError
 
 # How far ahead of writing sources are read into the page cache, and how much one request asks for.
 READ_AHEAD_BYTES = 512 << 20

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modeling_delta_llava.errors import UserError
+from delta_llava.errors import UserError
 from modeling_delta_llava.folders import RESULTS_FOLDER
 from modeling_delta_llava.hub_cards.scan import secret_in
 from modeling_delta_llava.hub_cards.variants import benchmarks

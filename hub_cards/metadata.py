@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils import validate_repo_id
 
-from modeling_delta_llava.errors import UserError
+from delta_llava.errors import UserError
 
 # https://huggingface.co/docs/hub/repositories-licenses
 LICENCES = frozenset((Path(__file__).parent / "licenses" / "identifiers.txt").read_text(encoding="utf-8").split())

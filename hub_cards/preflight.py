@@ -11,10 +11,10 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from modeling_delta_llava.errors import UserError
+from delta_llava.errors import UserError
+from delta_llava.manifest import FileHash, hash_files, list_files
 from modeling_delta_llava.folders import check_code, check_output_folder, refuse_foreign_code
 from modeling_delta_llava.hub_cards.licences import add_llama_2_notice, state_licence, write_licence_file
-from modeling_delta_llava.hub_cards.manifest import FileHash, hash_files, list_files
 from modeling_delta_llava.hub_cards.metadata import (
     card_problems,
     licence_problem,

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from modeling_delta_llava.errors import UserError
-from modeling_delta_llava.hub_cards.manifest import as_json
+from delta_llava.errors import UserError
+from delta_llava.manifest import as_json
+from delta_llava.redaction import holds_secret
+from delta_llava.transfer import MAIN, PULL_REQUEST, Report, Request
 from modeling_delta_llava.hub_cards.metadata import check_reference, check_repository
 from modeling_delta_llava.hub_cards.preflight import Preflight, preflight
-from modeling_delta_llava.hub_cards.transfer import MAIN, PULL_REQUEST, Report, Request
-from modeling_delta_llava.redaction import holds_secret
 
 COLLECTION_TITLE = "Delta-LLaVA"
 HOUR = 3600.0
@@ -71,7 +71,7 @@ def run_worker(order: dict, time_limit: float, say: Callable[[str], None]) -> di
     """
     repo_id = order["request"]["repo_id"]
     worker = subprocess.Popen(
-        [sys.executable, "-m", "modeling_delta_llava.hub_cards.transfer"],
+        [sys.executable, "-m", "delta_llava.transfer"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -4,7 +4,7 @@ import fnmatch
 import re
 from pathlib import Path
 
-from modeling_delta_llava.redaction import tokens_in_use
+from delta_llava.redaction import tokens_in_use
 
 TEXT_LIMIT = 32 * 2**20
 """Larger files are weights or data; a secret scanner does not read them either."""

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from modeling_delta_llava.errors import UserError
+from delta_llava.errors import UserError
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from modeling_delta_llava.errors import UserError
+from delta_llava.errors import UserError
 
 FOLDER = Path(__file__).parent
 MISSING = "–"

@@ -7,8 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from delta_llava.errors import UserError
 from modeling_delta_llava.conversion.verify import verify
-from modeling_delta_llava.errors import UserError
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import UserError
+from delta_llava.errors import UserError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 

@@ -7,8 +7,9 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from delta_llava.errors import UserError
+
 from .configuration_delta_llava import DeltaLlavaConfig
-from .errors import UserError
 from .json_files import read_json
 from .processing_delta_llava import DeltaLlavaProcessor
 from .tokenization import sentencepiece_tokenizer

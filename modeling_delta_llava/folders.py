@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from delta_llava.errors import UserError
 
 # Keys that make transformers run code of a folder or of another repository, in whichever JSON file they stand.
 CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate", "trust_remote_code")

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from .errors import UserError
+from delta_llava.errors import UserError
 
 
 def read_json(path: Path) -> dict:

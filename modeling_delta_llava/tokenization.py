@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from .errors import UserError
+from delta_llava.errors import UserError
 
 SPACE = "▁"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from delta_llava.errors import UserError
 from modeling_delta_llava import asking, cli
-from modeling_delta_llava.errors import UserError
 from tests.tiny import encoded, picture
 
 CAT = Path(__file__).parents[1] / "assets" / "cat.jpg"

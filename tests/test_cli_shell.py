@@ -7,8 +7,8 @@ import sys
 import pytest
 import typer
 
-import delta_llava_cli as cli
-from modeling_delta_llava.errors import UserError
+from delta_llava import cli
+from delta_llava.errors import UserError
 
 HEAVY = ("torch", "transformers", "huggingface_hub", "numpy", "PIL", "safetensors", "datasets")
 
@@ -32,7 +32,7 @@ def test_help_and_version_import_nothing_heavy():
     calls = [["--version"], ["-h"], ["--help"], *([name, "--help"] for name in names)]
     code = (
         "import sys\n"
-        "from delta_llava_cli import main\n"
+        "from delta_llava.cli import main\n"
         f"statuses = [main(arguments) for arguments in {calls!r}]\n"
         f"heavy = [name for name in {HEAVY!r} if name in sys.modules]\n"
         "assert not heavy, heavy\n"
@@ -65,7 +65,7 @@ def test_console_script_is_installed():
 
 def test_status_of_the_process_is_that_of_the_command():
     completed = subprocess.run(
-        [sys.executable, "-m", "delta_llava_cli", "nonsense"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "delta_llava", "nonsense"], capture_output=True, text=True, timeout=120
     )
     assert completed.returncode == 2
     assert completed.stderr.startswith("error: ")
@@ -157,7 +157,7 @@ def test_reader_that_leaves_early_gets_no_traceback():
     os.close(reader)
     try:
         completed = subprocess.run(
-            [sys.executable, "-m", "delta_llava_cli", "--help"],
+            [sys.executable, "-m", "delta_llava", "--help"],
             stdout=writer,
             stderr=subprocess.PIPE,
             text=True,

@@ -21,11 +21,11 @@ from huggingface_hub import constants
 from PIL import Image
 from transformers import dynamic_module_utils
 
-import delta_llava_cli as cli
+from delta_llava import cli, transfer
 from modeling_delta_llava.conversion.convert import convert
 from modeling_delta_llava.conversion.verify import passed, verify
 from modeling_delta_llava.finetuning.arguments import load_arguments
-from modeling_delta_llava.hub_cards import preflight, publish, transfer
+from modeling_delta_llava.hub_cards import preflight, publish
 from modeling_delta_llava.hub_cards.card import write_card
 from tests.hub_cards.local_hub import LocalHub
 from tests.training_layout import (

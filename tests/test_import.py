@@ -7,7 +7,7 @@ import textwrap
 PROGRAM = textwrap.dedent(
     """
     import sys
-    from delta_llava_cli import app, main
+    from delta_llava.cli import app, main
 
     names = [command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands]
     for arguments in ([], ["--help"], ["-h"], ["--version"], *([name, "--help"] for name in names)):

@@ -12,12 +12,12 @@ from huggingface_hub import HfApi, constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from delta_llava_cli import main
-from modeling_delta_llava.errors import UserError
+from delta_llava.cli import main
+from delta_llava.errors import UserError
+from delta_llava.redaction import ScrubbedRecords, scrub
 from modeling_delta_llava.finetuning.arguments import build_arguments
 from modeling_delta_llava.finetuning.run import prepare
 from modeling_delta_llava.hub_cards.scan import secret_in
-from modeling_delta_llava.redaction import ScrubbedRecords, scrub
 from tests.hub_cards.local_hub import LocalHub
 
 TOKEN = "hf_" + "s" * 34

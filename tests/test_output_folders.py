@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from delta_llava_cli import main
+from delta_llava.cli import main
+from delta_llava.errors import UserError
 from examples.demo.__main__ import MARKER_FILE, clear_output
-from modeling_delta_llava.errors import UserError
 from modeling_delta_llava.finetuning.arguments import ModelArguments
 from modeling_delta_llava.finetuning.checkpoints import SETTINGS_FILE
 from modeling_delta_llava.finetuning.run import check_output_dir

@@ -38,7 +38,7 @@ def describe(error_class, name):
     return error_class.__module__, importlib.import_module(name).__file__
 
 if __name__ == "__main__":
-    from modeling_delta_llava.errors import UserError
+    from delta_llava.errors import UserError
 
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
@@ -57,14 +57,14 @@ def packaged_files() -> dict[str, Path]:
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and path.suffix in DATA_SUFFIXES | {".py"}:
                 files[f"{package.replace('.', '/')}/{path.relative_to(ROOT / folder).as_posix()}"] = path
-    return files | {f"{name}.py": ROOT / f"{name}.py" for name in SETUPTOOLS["py-modules"]}
+    return files
 
 
 @pytest.fixture(scope="module")
 def source_copy(tmp_path_factory) -> Path:
     """What packaging needs, copied, so that building leaves nothing in the checkout."""
     copy = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE", "delta_llava_cli.py"):
+    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
     for folder in SOURCE_FOLDERS:
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -97,13 +97,13 @@ def installed_locations(python: Path | str, folder: Path, **environment: str) ->
     return [Path(name).resolve() for name in json.loads(output)]
 
 
-def test_wheel_has_one_package_and_the_command_line(wheel: Path):
+def test_wheel_has_its_two_packages(wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
         (top_level,) = [name for name in archive.namelist() if name.endswith(".dist-info/top_level.txt")]
-        assert archive.read(top_level).decode().split() == ["delta_llava_cli", "modeling_delta_llava"]
+        assert archive.read(top_level).decode().split() == ["delta_llava", "modeling_delta_llava"]
         roots = {name.split("/")[0] for name in archive.namelist()}
     version = PYPROJECT["project"]["version"]
-    assert roots == {"delta_llava_cli.py", "modeling_delta_llava", f"delta_llava-{version}.dist-info"}
+    assert roots == {"delta_llava", "modeling_delta_llava", f"delta_llava-{version}.dist-info"}
 
 
 def test_wheel_has_every_source_and_data_file(wheel: Path):
@@ -116,14 +116,14 @@ def test_wheel_has_every_source_and_data_file(wheel: Path):
 
 
 def test_every_source_folder_is_listed():
-    folders = {Path(name).parent.as_posix() for name in packaged_files() if name.endswith(".py") and "/" in name}
+    folders = {Path(name).parent.as_posix() for name in packaged_files() if name.endswith(".py")}
     assert {folder.replace("/", ".") for folder in folders} == set(SETUPTOOLS["packages"])
 
 
 def test_wheel_states_licence_and_command(wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
         (entry_points,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
-        assert "delta-llava = delta_llava_cli:main" in archive.read(entry_points).decode()
+        assert "delta-llava = delta_llava.cli:main" in archive.read(entry_points).decode()
         (licence,) = [name for name in archive.namelist() if name.endswith("dist-info/licenses/LICENSE")]
         assert "Apache License" in archive.read(licence).decode()
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from rich.console import Console
 
-from modeling_delta_llava.errors import UserError
+from delta_llava.errors import UserError
 from modeling_delta_llava.folders import check_output_folder
 
 from . import exam

@@ -4,9 +4,9 @@ The figures are those of the `config.json` files on the Hub; rotary and other se
 left at transformers' defaults.
 """
 
+from delta_llava.errors import UserError
 from modeling_delta_llava import DeltaLlavaConfig
 from modeling_delta_llava.configuration_delta_llava import DEFAULT_VISION_CONFIG
-from modeling_delta_llava.errors import UserError
 
 LANGUAGE_MODELS = {
     "lmsys/vicuna-7b-v1.5": {

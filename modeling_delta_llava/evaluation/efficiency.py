@@ -11,8 +11,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from delta_llava.errors import UserError
 from modeling_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
-from modeling_delta_llava.errors import UserError
 
 from . import figure
 from .counts import (

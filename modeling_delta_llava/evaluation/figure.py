@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from modeling_delta_llava.errors import UserError
+from delta_llava.errors import UserError
 
 from .units import flop_unit
 

@@ -4,8 +4,9 @@ import sys
 
 import torch.distributed as dist
 
-from ..errors import UserError
-from ..redaction import scrub
+from delta_llava.errors import UserError
+from delta_llava.redaction import scrub
+
 from .checkpoints import one_line
 from .run import finetune
 

@@ -16,8 +16,9 @@ import yaml
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_torch_tf32_available
 
-from ..errors import UserError
-from ..redaction import hide, holds_secret
+from delta_llava.errors import UserError
+from delta_llava.redaction import hide, holds_secret
+
 from .checkpoints import run_identity
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"

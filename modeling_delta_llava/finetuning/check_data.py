@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from delta_llava.errors import UserError
+
 from ..configuration_delta_llava import DeltaLlavaConfig
-from ..errors import UserError
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
 from .arguments import ModelArguments, RunArguments

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..errors import UserError
+from delta_llava.errors import UserError
 
 # Leading underscores: `Trainer.push_to_hub` leaves such files out, and no checkpoint search finds them.
 UNFINISHED_FOLDER = "_unfinished"

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ..errors import UserError
+from delta_llava.errors import UserError
+
 from .pictures import BrokenImageError, open_image, resolve_image
 from .rows import RowError, Sample, line_of_row, parse_line, parse_row, read_json_rows
 from .text import ConversationEncoder, EncodedText

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import UserError
+from delta_llava.errors import UserError
+
 from .arguments import ModelArguments
 
 VISION_TOWER = "vision tower"

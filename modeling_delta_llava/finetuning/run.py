@@ -8,9 +8,10 @@ from typing import Any
 import torch
 import transformers
 
-from ..errors import UserError
+from delta_llava.errors import UserError
+from delta_llava.redaction import ScrubbedRecords
+
 from ..folders import check_output_folder
-from ..redaction import ScrubbedRecords
 from .arguments import ModelArguments, RunArguments, load_arguments
 from .check_data import check_data
 from .checkpoints import (

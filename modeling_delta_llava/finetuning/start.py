@@ -13,9 +13,10 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 from transformers.integrations import deepspeed as deepspeed_integration
 
+from delta_llava.errors import UserError
+
 from ..building import backbone_chat_template, build_processor, load_tokenizer, read_chat_template
 from ..configuration_delta_llava import DeltaLlavaConfig
-from ..errors import UserError
 from ..folders import refuse_foreign_code, strip_foreign_code
 from ..json_files import read_json
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration

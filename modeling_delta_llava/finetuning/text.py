@@ -6,8 +6,9 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from delta_llava.errors import UserError
+
 from ..building import read_chat_template
-from ..errors import UserError
 from .checkpoints import one_line
 from .rows import RowError
 

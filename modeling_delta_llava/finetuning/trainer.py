@@ -16,7 +16,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
 
-from ..errors import UserError
+from delta_llava.errors import UserError
+
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from .arguments import DeltaLlavaTrainingArguments
 from .card import model_card

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from delta_llava_cli import main
+from delta_llava.cli import main
 from modeling_delta_llava.conversion.checkpoints import read_checkpoint
 from modeling_delta_llava.conversion.convert import convert
 from modeling_delta_llava.conversion.streams import TensorStream

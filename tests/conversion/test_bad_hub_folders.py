@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from delta_llava.errors import UserError
 from modeling_delta_llava.conversion import sources as sources_module
 from modeling_delta_llava.conversion.export import export
 from modeling_delta_llava.conversion.record import RECORD_FILE, TRAINING_FOLDER
-from modeling_delta_llava.errors import UserError
 from tests.conversion.conftest import assert_same_tensors, change_json, read_tensors
 from tests.training_layout import write_json
 

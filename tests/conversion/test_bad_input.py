@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from delta_llava_cli import main
+from delta_llava.cli import main
+from delta_llava.errors import UserError
 from modeling_delta_llava.conversion import workspace, writer
 from modeling_delta_llava.conversion.workspace import transaction
-from modeling_delta_llava.errors import UserError
 from tests.conversion.conftest import LAYOUT, assert_same_tensors, change_json, read_tensors
 from tests.training_layout import (
     TrainingLayout,

@@ -16,7 +16,7 @@ def run(client, tmp_path):
     """Runs `delta-llava ARGUMENTS` as a client of the hub, in the test's folder, after the code `first`."""
 
     def call(*arguments, first="", **variables):
-        code = f"import sys\n{first}\nfrom delta_llava_cli import main\nsys.exit(main(sys.argv[1:]))"
+        code = f"import sys\n{first}\nfrom delta_llava.cli import main\nsys.exit(main(sys.argv[1:]))"
         return client("-c", code, *arguments, token=None, cwd=tmp_path, **variables)
 
     return call

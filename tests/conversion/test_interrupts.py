@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from delta_llava.errors import UserError
 from modeling_delta_llava.conversion import workspace, writer
 from modeling_delta_llava.conversion.convert import convert
 from modeling_delta_llava.conversion.plan import Options
 from modeling_delta_llava.conversion.workspace import remove_leftovers, transaction
-from modeling_delta_llava.errors import UserError
 from tests.conversion.conftest import assert_same_tensors, read_tensors
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -29,7 +29,7 @@ def slowly(*arguments):
     time.sleep(0.05)
     write(*arguments)
 writer._write_all = slowly
-from delta_llava_cli import main
+from delta_llava.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from delta_llava.errors import UserError
 from modeling_delta_llava.conversion import keys
 from modeling_delta_llava.conversion.keys import (
     ALL_TABLES,
@@ -20,7 +21,6 @@ from modeling_delta_llava.conversion.keys import (
     rename_key,
     step_of_target,
 )
-from modeling_delta_llava.errors import UserError
 from tests.training_layout import (
     TrainingLayout,
     plain_projector_shapes,

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from delta_llava.errors import UserError
 from modeling_delta_llava.conversion.safetensors_files import header_bytes, read_header
 from modeling_delta_llava.conversion.streams import TensorStream
 from modeling_delta_llava.conversion.tensors import DTYPES
 from modeling_delta_llava.conversion.torch_files import read_torch_file
-from modeling_delta_llava.errors import UserError
 
 
 def loaded(tensors) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from delta_llava.errors import UserError
 from modeling_delta_llava.conversion import streams, writer
 from modeling_delta_llava.conversion.export import load_output
 from modeling_delta_llava.conversion.safetensors_files import read_header
@@ -23,7 +24,6 @@ from modeling_delta_llava.conversion.streams import (
     count_nonfinite,
 )
 from modeling_delta_llava.conversion.writer import parse_size, plan_shards, write_shards
-from modeling_delta_llava.errors import UserError
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from delta_llava_cli import main
+from delta_llava.cli import main
 from modeling_delta_llava.conversion import streams
 from modeling_delta_llava.conversion import verify as module
 from modeling_delta_llava.conversion.convert import convert

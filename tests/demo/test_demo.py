@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from safetensors import SafetensorError
 
+from delta_llava.errors import UserError
 from examples.demo import __main__ as program
 from examples.demo.drawings import distinct_scenes, write_set
-from modeling_delta_llava.errors import UserError
 
 
 class Here:

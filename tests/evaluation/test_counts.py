@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from delta_llava.errors import UserError
 from modeling_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
-from modeling_delta_llava.errors import UserError
 from modeling_delta_llava.evaluation.backbones import LANGUAGE_MODELS, VISION_TOWERS, known_config
 from modeling_delta_llava.evaluation.counts import (
     TextGeometry,

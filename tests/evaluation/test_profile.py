@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-import delta_llava_cli as cli
+from delta_llava import cli
 from modeling_delta_llava.evaluation import backbones, efficiency
 from modeling_delta_llava.evaluation.counts import paper_convention
 from modeling_delta_llava.evaluation.measurements import FirstTokenClock

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from modeling_delta_llava.errors import UserError
+from delta_llava.errors import UserError
 from modeling_delta_llava.finetuning.arguments import (
     CONFIG_FOLDER,
     build_arguments,

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from modeling_delta_llava.errors import UserError
+from delta_llava.errors import UserError
 from modeling_delta_llava.finetuning.collator import SKIPPED_KEY, DeltaLlavaCollator
 from modeling_delta_llava.finetuning.data import (
     ConversationDataset,

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
-import delta_llava_cli as cli
+from delta_llava import cli
 from modeling_delta_llava.conversion.verify import passed, verify
 from modeling_delta_llava.finetuning.arguments import (
     DataArguments,
@@ -88,7 +88,7 @@ def test_both_recipes_from_the_hub_to_the_hub(hub, client, tmp_path, monkeypatch
     upload(hub, "user/llm", tmp_path / "llm")
     upload(hub, "user/tower", tmp_path / "tower")
     stage1 = client(
-        *("-m", "delta_llava_cli", "finetune", "stage1"),
+        *("-m", "delta_llava", "finetune", "stage1"),
         *options(language_model="user/llm", vision_tower="user/tower", output_dir="stage1", **common),
         *options(hub_model_id="user/stage1", projector="{memory_feature_layers: [2, 4, 6, 7]}"),
         cwd=tmp_path,
@@ -159,7 +159,7 @@ def test_a_dataset_is_streamed_from_the_hub(hub, client, workplace, tmp_path):
     from_hub = {"data_path": "user/pets", "output_dir": "streamed", "streaming": True}
     upload(hub, "datasets/user/pets", tmp_path / "pets")
     config = write_config(tmp_path / "run.yaml", {**settings, **from_hub})
-    ran = client("-m", "delta_llava_cli", "finetune", config, cwd=tmp_path)
+    ran = client("-m", "delta_llava", "finetune", config, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert hub.requests(r"GET /datasets/user/pets/resolve/.*parquet")
     assert not [file for file in (tmp_path / "home").rglob("*") if file.suffix in (".parquet", ".arrow")]
@@ -352,7 +352,7 @@ def test_another_runs_checkpoint_is_left_alone(workplace, tmp_path, capsys):
 
 def test_a_process_ends_with_status_2_and_without_a_traceback(client, exact_folder, tmp_path):
     settings = options(model=exact_folder, data_path="none.json", output_dir="run", **SMALL)
-    ended = client("-m", "delta_llava_cli", "finetune", "stage2", *settings)
+    ended = client("-m", "delta_llava", "finetune", "stage2", *settings)
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith("error: none.json: no such data file")
     assert not list((tmp_path / "work").iterdir())

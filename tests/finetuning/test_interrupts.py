@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from modeling_delta_llava.errors import UserError
+from delta_llava.errors import UserError
 from modeling_delta_llava.finetuning import __main__ as launched
 from modeling_delta_llava.finetuning import checkpoints
 from modeling_delta_llava.finetuning.checkpoints import (

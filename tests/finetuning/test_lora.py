@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-import delta_llava_cli as cli
+from delta_llava import cli
 from modeling_delta_llava.finetuning.parts import LANGUAGE_MODEL, LORA, PROJECTOR, count_parts, part_of
 from modeling_delta_llava.finetuning.run import prepare, run
 from modeling_delta_llava.modeling_delta_llava import DeltaLlavaForConditionalGeneration

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from modeling_delta_llava.errors import UserError
+from delta_llava.errors import UserError
 from modeling_delta_llava.finetuning.data import PackedRows, StreamedDataset, check_rows, load_rows
 from modeling_delta_llava.finetuning.rows import RowError, line_of_row, parse_row, read_json_rows
 

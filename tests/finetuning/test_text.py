@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from delta_llava.errors import UserError
 from modeling_delta_llava.building import build_processor
-from modeling_delta_llava.errors import UserError
 from modeling_delta_llava.finetuning.rows import RowError, parse_row
 from modeling_delta_llava.finetuning.text import IGNORED_LABEL, ConversationEncoder, EncodedText, expand
 from modeling_delta_llava.tokenization import sentencepiece_tokenizer

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_delta_llava.errors import UserError
+from delta_llava.errors import UserError
 from modeling_delta_llava.finetuning.checkpoints import UNFINISHED_FOLDER, last_finished_checkpoint
 from modeling_delta_llava.finetuning.parts import PROJECTOR, VISION_TOWER, count_parts, part_of
 from modeling_delta_llava.finetuning.run import prepare, run

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from delta_llava_cli import main
+from delta_llava.cli import main
 from tests import tiny
 from tests.forked import REPOSITORY
 

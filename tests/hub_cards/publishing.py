@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from modeling_delta_llava.errors import UserError
-from modeling_delta_llava.hub_cards.manifest import hash_files, list_files
+from delta_llava.errors import UserError
+from delta_llava.manifest import hash_files, list_files
 from modeling_delta_llava.hub_cards.preflight import Preflight
 from modeling_delta_llava.hub_cards.publish import PublishOptions, check_options, publish_checked
 

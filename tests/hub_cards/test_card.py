@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from PIL import Image
 
-from modeling_delta_llava.errors import UserError
+from delta_llava.errors import UserError
 from modeling_delta_llava.hub_cards import variants as variants_module
 from modeling_delta_llava.hub_cards.card import Facts, render_card, write_card
 from modeling_delta_llava.hub_cards.figure import chart_for, draw_chart, draw_example

@@ -2,7 +2,7 @@
 
 import pytest
 
-from modeling_delta_llava.hub_cards.hub_errors import one_line, scrub
+from delta_llava.hub_errors import one_line, scrub
 
 SIGNED = (
     "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AKIA%2F20260101&X-Amz-Date=20260101T000000Z&X-Amz-Expires=900"

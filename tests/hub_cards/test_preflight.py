@@ -9,10 +9,10 @@ import pytest
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from modeling_delta_llava.errors import UserError
+from delta_llava.errors import UserError
+from delta_llava.manifest import FileHash, compare, hash_file, list_files
 from modeling_delta_llava.hub_cards.card import write_card
 from modeling_delta_llava.hub_cards.licences import LLAMA_2_NOTICE
-from modeling_delta_llava.hub_cards.manifest import FileHash, compare, hash_file, list_files
 from modeling_delta_llava.hub_cards.preflight import (
     check_card,
     check_contents,

@@ -139,7 +139,7 @@ def test_our_trainer_names_the_repository_in_its_card(hub, client, hub_folder, t
         "num_visual_tokens": 4,
     }
     words = [word for name, value in settings.items() for word in (f"--{name}", value)]
-    process = client("-m", "delta_llava_cli", "finetune", "stage2", *words)
+    process = client("-m", "delta_llava", "finetune", "stage2", *words)
     assert process.returncode == 0, process.stderr
     card = card_of(hub, "user/tuned")
     assert metadata_problems(card.data.to_dict()) == []

@@ -7,7 +7,7 @@ import sys
 import pytest
 from huggingface_hub import ModelCard
 
-from modeling_delta_llava.errors import UserError
+from delta_llava.errors import UserError
 from modeling_delta_llava.hub_cards.card import write_card
 from modeling_delta_llava.hub_cards.metadata import card_problems
 from modeling_delta_llava.hub_cards.quantize import quantize

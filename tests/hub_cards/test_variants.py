@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import delta_llava_cli as cli
-from modeling_delta_llava.errors import UserError
+from delta_llava import cli
+from delta_llava.errors import UserError
 from modeling_delta_llava.hub_cards import variants as module
 from modeling_delta_llava.hub_cards.variants import MISSING, PARTS, PROVENANCES, get_variant, paper_tables, variants
 

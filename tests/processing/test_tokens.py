@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from packaging.version import Version
 from sentencepiece import sentencepiece_model_pb2
 
+from delta_llava.errors import UserError
 from modeling_delta_llava.building import backbone_chat_template, load_tokenizer, read_chat_template
-from modeling_delta_llava.errors import UserError
 from modeling_delta_llava.tokenization import sentencepiece_tokenizer
 from tests.golden import IMAGE, check_text_rows, needs_reference
 from tests.tiny import IMAGE_TOKEN_ID, picture, tiny_config, tiny_processor

@@ -3,7 +3,7 @@
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
 
-from modeling_delta_llava.redaction import scrub
+from delta_llava.redaction import scrub
 
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 

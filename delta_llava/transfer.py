@@ -1,6 +1,6 @@
 """The part of publishing that talks to the Hub, run as a process of its own.
 
-`publish` starts `python -m modeling_delta_llava.hub_cards.transfer`, writes a `Request` as one line of JSON to its
+`publish` starts `python -m delta_llava.transfer`, writes a `Request` as one line of JSON to its
 standard input and reads events, one line of JSON each, from its standard output. A process of its own can be ended at
 a time limit, which huggingface_hub's blocking calls cannot; when the starting process dies, standard input closes and
 this one ends too. Everything happens in one commit, so that a revision on the Hub is either whole or absent.
@@ -15,17 +15,17 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.utils import logging as hub_logging
 
-from modeling_delta_llava import __version__
-from modeling_delta_llava.errors import UserError
-from modeling_delta_llava.hub_cards.hub_errors import is_transient, one_line, retry_after, status_of
-from modeling_delta_llava.hub_cards.manifest import Difference, FileHash, compare, from_json
-from modeling_delta_llava.redaction import ScrubbedRecords, scrub
+from delta_llava.errors import UserError
+from delta_llava.hub_errors import is_transient, one_line, retry_after, status_of
+from delta_llava.manifest import Difference, FileHash, compare, from_json
+from delta_llava.redaction import ScrubbedRecords, scrub
 
 MAIN = "main"
 PULL_REQUEST = "refs/pr/"
@@ -73,7 +73,7 @@ class Transfer:
         self.request, self.say = request, say
         self.repo_id = request.repo_id
         self.files = from_json(request.files)
-        self.api = HfApi(library_name="delta-llava", library_version=__version__)
+        self.api = HfApi(library_name="delta-llava", library_version=version("delta-llava"))
 
     def wait(self, error: Exception, doing: str, attempt: int) -> None:
         """Sleeps before the next attempt, or raises a `UserError` when there is none or it would not help."""

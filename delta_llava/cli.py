@@ -1,9 +1,9 @@
 """The command line, `delta-llava COMMAND ...`.
 
 A command is a thin function: it states arguments and help, imports the function that does the work inside its body and
-prints what that returns. This module stands beside the package, whose import brings in torch and transformers, so
-`--help` waits for neither. Errors that a user can act on are raised as `UserError`; `main` turns them into one line
-and exit status 2.
+prints what that returns. Nothing here imports `modeling_delta_llava` outside of a body, since that brings in torch and
+transformers: `--help` waits for neither. Errors that a user can act on are raised as `UserError`; `main` turns them
+into one line and exit status 2.
 """
 
 import os
@@ -14,6 +14,9 @@ from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
+
+from .errors import UserError
+from .redaction import scrub
 
 # The sections of `delta-llava --help`. A command names its own, `@app.command(rich_help_panel=USE)`, and stands below
 # among the others of that section: the help shows sections and commands in the order of this file.
@@ -333,14 +336,12 @@ def publish(
     say = timed(lambda text: typer.echo(text, err=True))
     if everything is not None:
         if folder is not None or namespace is None:
-            raise _CommandLineError(
-                "with --all give the folder of folders and --namespace NAME, and no other argument"
-            )
+            raise UserError("with --all give the folder of folders and --namespace NAME, and no other argument")
         for report in publish_all(everything, namespace, options, say):
             typer.echo(describe(report, dry_run))
         return
     if folder is None or repo_id is None:
-        raise _CommandLineError("give a folder and NAMESPACE/NAME, or --all DIR --namespace NAME")
+        raise UserError("give a folder and NAMESPACE/NAME, or --all DIR --namespace NAME")
     typer.echo(describe(publish_folder(folder, repo_id, options, say), dry_run))
 
 
@@ -435,7 +436,7 @@ def profile(
     if variant is not None:
         config = backbones.known_config(variant.backbone.id, variant.tower.id, variant.num_visual_tokens)
         if not (analytic or random_weights):
-            raise _CommandLineError(
+            raise UserError(
                 f"{model_or_variant} is a variant, not a folder with weights to measure: add --analytic to count, "
                 "--random-weights to measure its geometry, or name a folder or repository"
             )
@@ -465,16 +466,7 @@ def _numbers(option: str, text: str | None) -> list[int] | None:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise _CommandLineError(f"{option} {text!r} is not a comma-separated list of whole numbers") from None
-
-
-def _can_be_mended(error: Exception) -> bool:
-    """Whether the user can do something about an error."""
-    if isinstance(error, (OSError, _CommandLineError)):
-        return True
-    from modeling_delta_llava.errors import UserError
-
-    return isinstance(error, UserError)
+        raise UserError(f"{option} {text!r} is not a comma-separated list of whole numbers") from None
 
 
 def _one_line(error: BaseException) -> str:
@@ -488,13 +480,7 @@ def _one_line(error: BaseException) -> str:
         message = f"{error.strerror}: {os.fspath(error.filename)}"
     else:
         message = str(error) or type(error).__name__
-    message = " ".join(message.split())
-    # Importing the package takes seconds: a usage error waits for it only where there may be something to hide.
-    if isinstance(error, _CommandLineError) and not any(mark in message for mark in ("hf_", "://", "token")):
-        return message
-    from modeling_delta_llava.redaction import scrub
-
-    return scrub(message)
+    return scrub(" ".join(message.split()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -516,8 +502,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if settings["traceback"]:
             raise
         status = EXIT_INTERRUPTED
-    except Exception as error:
-        if settings["traceback"] or not _can_be_mended(error):
+    except (UserError, OSError, _CommandLineError) as error:
+        if settings["traceback"]:
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
