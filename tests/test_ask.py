@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from delta_llava import cli
 from delta_llava.errors import UserError
-from modeling_delta_llava import asking, cli
+from modeling_delta_llava import asking
 from tests.tiny import encoded, picture
 
 CAT = Path(__file__).parents[1] / "assets" / "cat.jpg"

@@ -15,9 +15,11 @@ from ..folders import check_output_folder
 from .arguments import ModelArguments, RunArguments, load_arguments
 from .check_data import check_data
 from .checkpoints import (
+    COMPLETE_FOLDER,
     ENTRY_FILES,
     SAVE_ERRORS,
     SETTINGS_FILE,
+    UNFINISHED_FOLDER,
     checkpoint_to_resume,
     is_no_space,
     one_line,
@@ -182,7 +184,7 @@ def open_dataset(arguments: RunArguments, encoder: ConversationEncoder, evaluati
 
 def holds_run(folder: Path) -> bool:
     """Whether `finetune` made a folder, or a checkpoint or the composed model in it."""
-    made = (folder, folder / BASE_FOLDER, *folder.glob("checkpoint-*"))
+    made = (folder, folder / BASE_FOLDER, folder / UNFINISHED_FOLDER / COMPLETE_FOLDER, *folder.glob("checkpoint-*"))
     return any((place / SETTINGS_FILE).is_file() for place in made)
 
 

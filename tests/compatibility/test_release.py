@@ -61,13 +61,10 @@ PROGRAM = textwrap.dedent(
     assert type(AutoModelForMultimodalLM.from_pretrained(folder, **trust)) is type(model)
     answers, logits = [], []
     pipe = pipeline("image-text-to-text", model=folder, **trust)
-    any_to_any = pipeline("any-to-any", model=folder, **trust)
     for colour in ("black", "white"):
         content = [{"type": "image", "image": Image.new("RGB", (40, 30), colour)}, {"type": "text", "text": "What?"}]
         messages = [{"role": "user", "content": content}]
         answers.append(pipe(text=messages, max_new_tokens=12)[0]["generated_text"][-1]["content"])
-        said = any_to_any(text=messages, max_new_tokens=12)[0]["generated_text"][-1]["content"]
-        assert said == answers[-1], (said, answers[-1])
         inputs = processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
             processor_kwargs={"num_visual_tokens": 16},

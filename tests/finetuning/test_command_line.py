@@ -178,9 +178,12 @@ def check_frozen_files(folder):
         assert ours.dtype == torch.float16, name
         assert torch.equal(ours[: len(tensor)], tensor), name
     found = {name.split("vision_tower.")[1]: tensor for name, tensor in saved.items() if "vision_tower." in name}
-    assert len(found) == len(tower)
-    for name, tensor in tower.items():
-        assert torch.equal(found[name.removeprefix("vision_model.")], tensor), name
+    tower = {name.removeprefix("vision_model."): tensor for name, tensor in tower.items()}
+    assert {
+        name for name in tower if not name.startswith("encoder.layers.7.")
+    } == found.keys()  # nothing reads that one
+    for name, tensor in found.items():
+        assert torch.equal(tensor, tower[name]), name
 
 
 def settings_of(folder, **changes):
@@ -445,8 +448,8 @@ def test_all_settings_are_listed(capsys):
 
 
 def test_the_readme_finds_the_packaged_accelerate_configs(capsys):
-    """The shell line that sets CONFIGS in the README."""
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    """The shell line that sets CONFIGS in the page about finetuning."""
+    readme = (REPOSITORY / "docs" / "finetuning.md").read_text(encoding="utf-8")
     ((code, folder),) = re.findall(r"^CONFIGS=\$\(python -c '(.*)'\)(.*)$", readme, re.MULTILINE)
     exec(code, {})
     found = capsys.readouterr().out.strip() + folder

@@ -200,8 +200,8 @@ def test_figures_are_written_in_one_place_only():
         assert not found, (path.name, found)
 
 
-def test_readme_quotes_the_ablations_as_printed():
-    assert module.ablation_table() in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+def test_the_page_about_the_paper_quotes_the_ablations_as_printed():
+    assert module.ablation_table() in (REPOSITORY / "docs" / "paper.md").read_text(encoding="utf-8")
 
 
 def test_unknown_variant_is_one_line_with_a_hint():
