@@ -1,5 +1,6 @@
 """Configurations: from what training wrote to what transformers loads, and back."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -220,7 +221,8 @@ def expected_shapes(
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
     """Name -> shape of every tensor that the model of a config needs, and of those that it may come with.
 
-    A tied head is left out. What a checkpoint may have or not are the layers of the vision tower above those in use.
+    A tied head is left out. What a checkpoint may have or not are the layers of the vision tower above those in use,
+    and its pooling head.
 
     Raises:
         UserError: no model can be built from the config, which `where` holds.
@@ -230,8 +232,11 @@ def expected_shapes(
 
     try:
         model = build_meta_model(config, projector)
+        vision_config = copy.deepcopy(config.vision_config)
+        if hasattr(vision_config, "vision_use_head"):
+            vision_config.vision_use_head = True
         with torch.device("meta"):
-            whole_tower = AutoModel.from_config(config.vision_config)
+            whole_tower = AutoModel.from_config(vision_config)
     # Sizes and settings that the config classes let pass fail anywhere in the model's constructors.
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -142,9 +142,13 @@ def reference_stages(
         tower = AutoModel.from_config(config.vision_config, attn_implementation="eager").eval()
     prefix = "model.vision_tower.vision_tower.vision_model."
     weights = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-    # Layers that nothing reads may be missing: nothing depends on what they compute.
-    unread = [name for name in tower.state_dict() if name not in weights] if projector != PLAIN else []
-    _load(tower, weights, missing_allowed=tuple(name for name in unread if ".layers." in name))
+    if projector != PLAIN:
+        # What nothing reads may be missing, or there without a place: nothing depends on it.
+        names = tower.state_dict().keys()
+        unread = tuple(name for name in names if ".layers." in name and name not in weights)
+        _load(tower, {name: t for name, t in weights.items() if name in names}, missing_allowed=unread)
+    else:
+        _load(tower, weights)
     states = tower(pixel_values, output_hidden_states=True).hidden_states
     first = 1 if config.vision_feature_select_strategy == "default" else 0
     weights = {

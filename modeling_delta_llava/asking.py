@@ -72,6 +72,7 @@ def load(model: str, revision: str | None = None, device: str = "auto", dtype: s
         raise UserError(f"--dtype {dtype} is not known: choose one of {', '.join(DTYPES)}")
     _check_folder(model)
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -82,6 +83,8 @@ def load(model: str, revision: str | None = None, device: str = "auto", dtype: s
             model, revision=revision, dtype=dtype, device_map=device, trust_remote_code=False
         )
         processor = AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=False)
+    except StrictDataclassError as error:  # its last line says what is wrong with which value
+        raise UserError(f"no usable model at {model}: {str(error).strip().splitlines()[-1].strip()}") from error
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"no usable model at {model}: {str(error).strip().splitlines()[0]}") from error
     return network.eval(), processor

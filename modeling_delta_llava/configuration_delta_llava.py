@@ -250,6 +250,8 @@ class DeltaLlavaConfig(transformers.PreTrainedConfig):
     def _follow_tower(self):
         """Fill what was left open from the tower's geometry."""
         depth = self.vision_config.num_hidden_layers
+        if hasattr(self.vision_config, "vision_use_head"):
+            self.vision_config.vision_use_head = False  # nothing reads SigLIP's pooling head
         if self.vision_feature_select_strategy is None:
             without_class_token = self.vision_config.model_type in TOWERS_WITHOUT_CLASS_TOKEN
             self.vision_feature_select_strategy = "full" if without_class_token else "default"

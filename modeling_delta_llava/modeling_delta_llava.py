@@ -96,14 +96,14 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
 
     def __init__(self, config: DeltaLlavaConfig):
         super().__init__(config)
-        # The tower is built as deep as it is read. A checkpoint may hold the layers above.
-        tower_config = copy.deepcopy(config.vision_config)
-        tower_config.num_hidden_layers = config.num_tower_layers
-        unread = range(config.num_tower_layers, config.vision_config.num_hidden_layers)
-        if unread:
-            numbers = "|".join(map(str, unread))
-            self._keys_to_ignore_on_load_unexpected = [rf"vision_tower\..*\blayers?\.({numbers})\."]
-        self.vision_tower = AutoModel.from_config(tower_config)
+        # The tower is built as deep as it is read, around the config's own object, which transformers knows it by. A
+        # checkpoint may hold the layers above, and SigLIP's pooling head.
+        vision_config, depth = config.vision_config, config.vision_config.num_hidden_layers
+        unread = "|".join(map(str, range(config.num_tower_layers, depth))) or "none"
+        self._keys_to_ignore_on_load_unexpected = [rf"vision_tower\.(.*\blayers?\.({unread})|(vision_model\.)?head)\."]
+        vision_config.num_hidden_layers = config.num_tower_layers
+        self.vision_tower = AutoModel.from_config(vision_config)
+        vision_config.num_hidden_layers = depth
         self.multi_modal_projector = DeltaLlavaProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()

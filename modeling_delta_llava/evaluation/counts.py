@@ -98,7 +98,7 @@ def has_closed_form(config: PreTrainedConfig) -> bool:
 
 
 def tower_flops(config: DeltaLlavaConfig, num_layers: int | None = None) -> int:
-    """Patch embedding, the layers up to the highest one that is used (or `num_layers` of them), and a pooling head."""
+    """Patch embedding and the layers up to the highest one that is used (or `num_layers` of them)."""
     vision = config.vision_config
     d, patches = vision.hidden_size, config.num_patches
     tokens = patches + (config.vision_feature_select_strategy == "default")
@@ -106,10 +106,7 @@ def tower_flops(config: DeltaLlavaConfig, num_layers: int | None = None) -> int:
         num_layers = config.num_tower_layers
     embedding = 2 * patches * d * getattr(vision, "num_channels", 3) * vision.patch_size**2
     layer = 2 * tokens * (4 * d**2 + 2 * d * vision.intermediate_size) + 4 * tokens**2 * d
-    pooling = 0
-    if getattr(vision, "vision_use_head", False):  # SigLIP's: one query attends to all tokens
-        pooling = 2 * (2 * tokens + 2) * d**2 + 4 * tokens * d + 4 * d * vision.intermediate_size
-    return embedding + num_layers * layer + pooling
+    return embedding + num_layers * layer
 
 
 def projector_flops(config: DeltaLlavaConfig, num_visual_tokens: int) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 from transformers.integrations import deepspeed as deepspeed_integration
 
@@ -65,7 +66,7 @@ def read_config(folder: Path, what: str) -> Any:
     """
     try:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise UserError(
             f"{what}: {folder} has no readable config.json ({one_line(error)}); give a model that transformers knows "
             f"without code of its own as --{what}"
@@ -110,7 +111,7 @@ def read_base_parts(model: ModelArguments, data: DataArguments, weights: bool = 
             num_visual_tokens=model.num_visual_tokens,
             **model.projector,
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(
             f"the projector cannot be built: {one_line(error)}; correct `projector` or `num_visual_tokens`, or give "
             "another --vision_tower"

@@ -521,6 +521,21 @@ def test_a_damaged_preprocessor_of_a_tower_is_named(arguments, tmp_path):
         run(arguments(**parts, projector=projector, num_visual_tokens=4))
 
 
+def test_impossible_configs_are_one_line(arguments, exact_folder, tmp_path):
+    layout = TrainingLayout()
+    write_base_model(tmp_path / "llm", layout)
+    write_tower(tmp_path / "tower", layout)
+    parts = {"model": None, "language_model": str(tmp_path / "llm"), "vision_tower": str(tmp_path / "tower")}
+    projector = {"memory_feature_layers": [2, 4, 6, 7], "delta_rank": -1}
+    with pytest.raises(UserError, match=r"projector cannot be built.*delta_rank=-1"):
+        run(arguments(**parts, projector=projector, num_visual_tokens=4))
+    folder = shutil.copytree(exact_folder, tmp_path / "damaged")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_visual_tokens": 5}))
+    with pytest.raises(UserError, match=r"no readable config\.json.*num_visual_tokens=5"):
+        run(arguments(model=str(folder)))
+
+
 def test_missing_pictures_stop_before_the_first_step(arguments, tmp_path):
     file = write_data(tmp_path / "broken")
     (tmp_path / "broken" / "images" / "0.png").unlink()
