@@ -460,7 +460,7 @@ def profile(
 
 
 def _numbers(option: str, text: str | None) -> list[int] | None:
-    """A comma-separated list of positive whole numbers."""
+    """A comma-separated list of whole numbers."""
     if text is None:
         return None
     try:
@@ -484,7 +484,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit status: 0, 2 (the user can mend it) or 130 (interrupted).
+    """Runs the command line; returns its exit status: 0, 1 (a check failed), 2 (to be mended), 130 (interrupted).
 
     Args:
         arguments: what follows `delta-llava`; by default the process's own arguments.
@@ -510,7 +510,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if status == EXIT_INTERRUPTED:
         print("interrupted", file=sys.stderr)
     return status if isinstance(status, int) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

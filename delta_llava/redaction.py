@@ -8,8 +8,8 @@ import sys
 # What is hidden on the screen may be a little too much; what is refused must be one.
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 WHOLE_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{30,}\b")
-PASSWORD = re.compile(r"\b([a-z][a-z0-9+.-]*://)[^/\s@'\"<>]+@")
-SIGNATURE = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
+PASSWORD = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^/\s@'\"<>]+@")
+SIGNATURE = re.compile(r"(?i)(https?://[^\s?'\"]+)\?[^\s'\"]+")
 # Shorter values of HF_TOKEN are words such as "none", which stand in many texts.
 SHORTEST = 8
 

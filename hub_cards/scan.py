@@ -4,13 +4,13 @@ import fnmatch
 import re
 from pathlib import Path
 
-from delta_llava.redaction import tokens_in_use
+from delta_llava.redaction import WHOLE_TOKEN, tokens_in_use
 
 TEXT_LIMIT = 32 * 2**20
 """Larger files are weights or data; a secret scanner does not read them either."""
 
 SECRET_PATTERNS = {
-    "a Hugging Face token": re.compile(rb"\b(?:hf|api_org)_[A-Za-z0-9]{30,}\b"),
+    "a Hugging Face token": re.compile(WHOLE_TOKEN.pattern.encode()),
     "an AWS access key": re.compile(rb"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
     "a GitHub token": re.compile(rb"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{60,})\b"),
     "an OpenAI or Anthropic key": re.compile(rb"\bsk-(?:proj-|ant-)?[A-Za-z0-9_-]{32,}"),

@@ -248,7 +248,7 @@ def variants_table(benchmark_columns: bool = True) -> str:
 
 
 def ablation_table() -> str:
-    """Table 3 of the paper as Markdown, for the README."""
+    """Table 3 of the paper as Markdown, as docs/paper.md quotes it."""
     table = paper_tables()["3"]
     lines = ["| " + " | ".join(table.columns) + " |", "|" + " --- |" * len(table.columns)]
     lines += ["| " + " | ".join(row.cells.values()) + " |" for row in table.rows]

@@ -1,11 +1,12 @@
 """`delta-llava ask`: one question about pictures, answered as a stream of text."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from delta_llava.errors import UserError
+
+from .json_files import read_json
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -54,11 +55,7 @@ def _check_folder(model: str) -> None:
     settings = folder / "config.json"
     if not settings.is_file():
         raise UserError(f"{model} has no config.json: give the folder that `delta-llava convert` wrote")
-    try:
-        trained = "mm_vision_tower" in json.loads(settings.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{settings} is not valid JSON ({error}): convert the checkpoint again") from error
-    if trained:
+    if "mm_vision_tower" in read_json(settings):
         raise UserError(f"{model} is a training checkpoint: run `delta-llava convert {model} OUTPUT` and ask OUTPUT")
 
 
@@ -86,7 +83,8 @@ def load(model: str, revision: str | None = None, device: str = "auto", dtype: s
     except StrictDataclassError as error:  # its last line says what is wrong with which value
         raise UserError(f"no usable model at {model}: {str(error).strip().splitlines()[-1].strip()}") from error
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"no usable model at {model}: {str(error).strip().splitlines()[0]}") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"no usable model at {model}: {reason}") from error
     return network.eval(), processor
 
 

@@ -20,7 +20,6 @@ NATIVE_IMAGE_TOKENS = ("<|image_pad|>",)
 # Language models whose sentencepiece tokenizer is rebuilt with training's dummy spaces.
 SENTENCEPIECE_MODEL_TYPES = ("llama", "mistral")
 # Language models that the released scripts train on the Vicuna v1 format, whatever template their tokenizer brings.
-VICUNA_MODEL_TYPES = ("llama", "mistral", "phi3", "gemma")
 
 # Jinja condition: a conversation that a template without tools would show in part.
 WITH_TOOLS = (
@@ -79,16 +78,6 @@ def backbone_chat_template(tokenizer: PreTrainedTokenizerBase, image_token: str)
     if not is_chatml:
         return kept
     return f"{{%- if {WITH_TOOLS} -%}}{kept}{{%- else -%}}{marked}{{%- endif -%}}"
-
-
-def released_chat_template(tokenizer: PreTrainedTokenizerBase, image_token: str, model_type: str) -> str:
-    """The conversation format that the released scripts train a language model on (`--version v1`).
-
-    The released Qwen path cannot run, and Hermes trains on its own headers: those keep their tokenizer's template.
-    """
-    if model_type in VICUNA_MODEL_TYPES:
-        return read_chat_template("vicuna_v1", image_token)
-    return backbone_chat_template(tokenizer, image_token)
 
 
 def load_tokenizer(

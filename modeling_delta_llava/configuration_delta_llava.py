@@ -1,5 +1,6 @@
 """Configuration of Delta-LLaVA (arXiv 2512.18910): a vision tower, the Delta projector and a language model."""
 
+import copy
 import math
 import operator
 from typing import Literal
@@ -223,7 +224,7 @@ class DeltaLlavaConfig(transformers.PreTrainedConfig):
     @staticmethod
     def _sub_config(value, default: dict) -> transformers.PreTrainedConfig:
         if isinstance(value, transformers.PreTrainedConfig):
-            return value
+            return copy.deepcopy(value)
         fields = dict(default if value is None else value)
         return AutoConfig.for_model(fields.pop("model_type", default["model_type"]), **fields)
 

@@ -102,8 +102,10 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         unread = "|".join(map(str, range(config.num_tower_layers, depth))) or "none"
         self._keys_to_ignore_on_load_unexpected = [rf"vision_tower\.(.*\blayers?\.({unread})|(vision_model\.)?head)\."]
         vision_config.num_hidden_layers = config.num_tower_layers
-        self.vision_tower = AutoModel.from_config(vision_config)
-        vision_config.num_hidden_layers = depth
+        try:
+            self.vision_tower = AutoModel.from_config(vision_config)
+        finally:
+            vision_config.num_hidden_layers = depth
         self.multi_modal_projector = DeltaLlavaProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -408,7 +410,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         if (features := kwargs.get("mm_encoder_outputs", {}).get("image")) is not None:
             # A copy: for beams, transformers repeats the features in the output it is given.
             kwargs["mm_encoder_outputs"] = {"image": copy.copy(features)}
-        if isinstance(kwargs.get("num_visual_tokens"), (list, np.ndarray)):
+        if isinstance(kwargs.get("num_visual_tokens"), (list, tuple, np.ndarray)):
             kwargs["num_visual_tokens"] = torch.as_tensor(kwargs["num_visual_tokens"])
 
         settings = (args[0] if args else kwargs.get("generation_config")) or self.generation_config
@@ -507,7 +509,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
             kept = BaseModelOutputWithPooling(pooler_output=[features.pooler_output[image] for image in new])
             kwargs["mm_encoder_outputs"] = {"image": kept} if new else {}
         for name in ("pixel_values", "num_visual_tokens"):
-            if isinstance(value := kwargs.get(name), torch.Tensor):
+            if isinstance(value := kwargs.get(name), torch.Tensor) and value.ndim:
                 kwargs[name] = value[new] if new else None
 
 

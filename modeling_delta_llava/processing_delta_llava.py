@@ -1,6 +1,7 @@
 """Processor of Delta-LLaVA: chat template, placeholder expansion, pixels, and each image's visual-token budget."""
 
 import base64
+import http.client
 import io
 import itertools
 import os
@@ -24,7 +25,7 @@ MAX_PADDED_SIDE = 8192
 MAX_ASPECT_RATIO = 200
 DOWNLOAD_SECONDS, MAX_DOWNLOAD_BYTES = 60, 2**28
 # What Pillow raises for files that are damaged, foreign or larger than its own limit.
-UNREADABLE = (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, EOFError, ValueError, http.client.HTTPException, Image.DecompressionBombError)
 
 
 class DeltaLlavaImagesKwargs(ImagesKwargs, total=False):

@@ -42,6 +42,10 @@ def test_help_and_version_import_nothing_heavy():
     assert completed.returncode == 0, completed.stderr
 
 
+def test_usage_errors_have_the_base_that_typer_does_not_name():
+    assert cli._CommandLineError.__name__ == "ClickException"
+
+
 def test_every_command_has_help_and_a_section():
     sections = {cli.USE, cli.CONVERT, cli.PUBLISH, cli.TRAIN, cli.MEASURE}
     for command in cli.app.registered_commands:

@@ -272,12 +272,17 @@ def test_architecture_names_what_exists():
     (tree,) = [text for language, text in blocks(ROOT / "docs" / "architecture.md") if not language]
     shown, folder = set(), Path()
     for line in tree.splitlines():
-        name = line.split()[0]
-        folder = folder if line.startswith(" ") else Path(name if name.endswith("/") else "")
-        shown.add(folder / name if line.startswith(" ") else Path(name))
+        names = line.strip().split("  ")[0].split()
+        if not line.startswith(" "):
+            folder = Path(names[0] if names[0].endswith("/") else "")
+            shown.add(Path(names[0]))
+        else:
+            shown |= {folder / name for name in names}
     assert [path for path in shown if not (ROOT / path).exists()] == []
-    files = {path.relative_to(ROOT) for path in (ROOT / "modeling_delta_llava").glob("*.py")}
-    assert files - shown == {Path("modeling_delta_llava/__init__.py")}
+    packages = (ROOT / "modeling_delta_llava", ROOT / "delta_llava")
+    files = {path.relative_to(ROOT) for package in packages for path in package.glob("*.py")}
+    unnamed = ("modeling_delta_llava/__init__.py", "delta_llava/__init__.py", "delta_llava/__main__.py")
+    assert files - shown == set(map(Path, unnamed))
 
 
 def test_benchmark_results_that_are_named_exist():

@@ -1,4 +1,4 @@
-"""What is installed: one package in site-packages, the same files from a wheel and from an editable install."""
+"""What is installed: two packages in site-packages, the same files from a wheel and from an editable install."""
 
 import configparser
 import importlib.metadata
@@ -179,6 +179,7 @@ def test_one_range_of_transformers_is_stated_everywhere():
     assert requirements["transformers"].specifier == SpecifierSet(TRANSFORMERS_RANGE)
     assert f"transformers{TRANSFORMERS_RANGE}" in (ROOT / "README.md").read_text(encoding="utf-8")
     text = (ROOT / "requirements" / "newest.txt").read_text(encoding="utf-8")
+    assert "-c common.txt" in text.splitlines()
     (newest,) = re.findall(r"^transformers==(\S+)$", text, flags=re.MULTILINE)
     major, minor = map(int, newest.split(".")[:2])
     assert f"{major}.{minor + 1}" == UNTESTED_TRANSFORMERS

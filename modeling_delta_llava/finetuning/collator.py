@@ -31,9 +31,9 @@ class DeltaLlavaCollator:
     def __call__(self, examples: Sequence[TrainingExample | SkippedExample]) -> dict[str, Any]:
         """
         Returns:
-            `input_ids`, `attention_mask` and `labels` of shape (rows, longest), int64; when there are pictures
-            `pixel_values` of shape (pictures, 3, height, width) and, when the sampler drew a budget,
-            `num_visual_tokens` of shape (pictures,); and the reasons of rows left out under `SKIPPED_KEY`.
+            `input_ids`, `attention_mask` and `labels` of shape (rows, longest), int64; `pixel_values` of shape
+            (pictures, 3, height, width); when the sampler drew a budget, `num_visual_tokens` of shape (pictures,); and
+            the reasons of rows left out under `SKIPPED_KEY`.
             A batch in which every row is left out becomes one row that has no labels. A batch without a picture gets a
             black one in masked padding: several processes wait for the gradient of every projector weight.
         """

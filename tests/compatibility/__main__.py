@@ -1,8 +1,9 @@
-"""`python -m tests.compatibility [ROW ...]`: the tests of this folder in an environment for each supported release.
+"""`python -m tests.compatibility [NAME ...]`: the tests of this folder in an environment for each supported release.
 
-Rows are `lowest` (the lowest version of everything that pyproject.toml admits), minor releases such as `5.17` (their
-newest patch), and `today` (whatever the package index has, without a pin); by default all of them. Environments share
-torch and the test tools with the one that runs this, except for `lowest`, and hold transformers and what it needs.
+Environments, the columns of the table, are `lowest` (the lowest version of everything that pyproject.toml admits),
+minor releases such as `5.17` (their newest patch), and `today` (whatever the package index has, without a pin); by
+default all of them. They share torch and the test tools with the one that runs this, except for `lowest`, and hold
+transformers and what it needs.
 `--write` keeps the table in docs/compatibility.md.
 """
 

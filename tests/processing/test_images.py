@@ -230,6 +230,12 @@ def test_wrong_types_are_refused(image, processor):
         processor(text="<image><image>", images=[RGB, image])
 
 
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9/my photo.jpg", "http://127.0.0.1:9/x.jpg"])
+def test_addresses_that_give_nothing_are_refused(address, processor):
+    with pytest.raises(ValueError, match="Image 0 cannot be read"):
+        ask(processor, address)
+
+
 def test_missing_files_are_refused(processor, tmp_path):
     with pytest.raises(ValueError, match=r"gone\.png"):
         ask(processor, str(tmp_path / "gone.png"))
