@@ -251,6 +251,26 @@ def test_offloading_computes_the_same(offloaded, hub_folder, tmp_path):
         assert torch.equal(generated, model.generate(**batch, max_new_tokens=4, do_sample=False))
 
 
+def test_a_siglip_tower_on_disk_computes_the_same(tmp_path):
+    """Its pooling head, which nothing reads and which offloading would not load, is not built."""
+    model = tiny_model(tiny_config("siglip"))
+    model.save_pretrained(tmp_path / "model")
+    device_map = {"model.vision_tower": "disk", "model.multi_modal_projector": "cpu"}
+    device_map |= {"model.language_model": "cpu", "lm_head": "cpu"}
+    moved = type(model).from_pretrained(tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload")
+    pixels = torch.randn(1, 3, 36, 36)
+    with torch.no_grad():
+        found, expected = (each.get_image_features(pixels).pooler_output for each in (moved, model))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_is_set_for_each_part_alone():
+    model = tiny_model()
+    model.set_attn_implementation({"vision_config": "eager", "text_config": "sdpa"})
+    parts = (model.model.vision_tower, model.model.language_model)
+    assert [part.config._attn_implementation for part in parts] == ["eager", "sdpa"]
+
+
 def test_device_map_auto_offloads_what_does_not_fit(hub_folder, tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(
         hub_folder, device_map="auto", max_memory={"cpu": 300_000}, offload_folder=tmp_path
