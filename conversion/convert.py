@@ -34,7 +34,7 @@ from modeling_delta_llava.conversion.workspace import (
     transaction,
 )
 from modeling_delta_llava.conversion.writer import parse_size, plan_shards, write_shards
-from modeling_delta_llava.folders import code_files, strip_foreign_code
+from modeling_delta_llava.foreign_code import code_files, strip_foreign_code
 from modeling_delta_llava.json_files import read_json
 
 TOKENIZER_FILES = (

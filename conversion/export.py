@@ -43,7 +43,7 @@ from modeling_delta_llava.conversion.streams import Literal, OutputTensor, Span,
 from modeling_delta_llava.conversion.tensors import DTYPES, item_size
 from modeling_delta_llava.conversion.workspace import check_output, check_space, interruptible, transaction
 from modeling_delta_llava.conversion.writer import parse_size, write_shards
-from modeling_delta_llava.folders import refuse_foreign_code
+from modeling_delta_llava.foreign_code import refuse_foreign_code
 from modeling_delta_llava.json_files import read_json
 
 

@@ -15,7 +15,8 @@ from modeling_delta_llava.conversion.export import hub_entries, load_output, rea
 from modeling_delta_llava.conversion.plan import Options, Plan, make_plan
 from modeling_delta_llava.conversion.streams import OutputTensor, Span, TensorStream
 from modeling_delta_llava.conversion.tensors import FLOATING, format_bytes, item_size
-from modeling_delta_llava.folders import check_code, code_files, holds_model, refuse_foreign_code
+from modeling_delta_llava.folders import holds_model
+from modeling_delta_llava.foreign_code import check_code, code_files, refuse_foreign_code
 from modeling_delta_llava.json_files import read_json
 
 REQUIRED_FILES = ("config.json", "generation_config.json", "processor_config.json", "tokenizer_config.json")

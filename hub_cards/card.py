@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from delta_llava.errors import UserError
 from modeling_delta_llava.configuration_delta_llava import TRANSFORMERS_RANGE
-from modeling_delta_llava.folders import check_output_folder, refuse_foreign_code
+from modeling_delta_llava.folders import check_output_folder
+from modeling_delta_llava.foreign_code import refuse_foreign_code
 from modeling_delta_llava.hub_cards.figure import chart_for, draw_chart, draw_example
 from modeling_delta_llava.hub_cards.licences import (
     NO_LICENCE,

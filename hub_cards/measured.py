@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from delta_llava.errors import UserError
-from modeling_delta_llava.folders import RESULTS_FOLDER
+from modeling_delta_llava.foreign_code import RESULTS_FOLDER
 from modeling_delta_llava.hub_cards.scan import secret_in
 from modeling_delta_llava.hub_cards.variants import benchmarks
 

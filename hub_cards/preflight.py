@@ -13,7 +13,8 @@ from huggingface_hub import ModelCard
 
 from delta_llava.errors import UserError
 from delta_llava.manifest import FileHash, hash_files, list_files
-from modeling_delta_llava.folders import check_code, check_output_folder, refuse_foreign_code
+from modeling_delta_llava.folders import check_output_folder
+from modeling_delta_llava.foreign_code import check_code, refuse_foreign_code
 from modeling_delta_llava.hub_cards.licences import add_llama_2_notice, state_licence, write_licence_file
 from modeling_delta_llava.hub_cards.metadata import (
     card_problems,

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from delta_llava.errors import UserError
-from modeling_delta_llava.folders import check_output_folder, refuse_foreign_code
+from modeling_delta_llava.folders import check_output_folder
+from modeling_delta_llava.foreign_code import refuse_foreign_code
 from modeling_delta_llava.hub_cards.card import DEFAULT_REVISION, SKIP_MODULES, read_config, write_card
 from modeling_delta_llava.hub_cards.metadata import check_repository, load_card, snippet_repositories
 

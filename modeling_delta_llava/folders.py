@@ -1,144 +1,22 @@
-"""Folders that commands read and write: no code in them but this package's, and no place that must not be changed."""
+"""Folders that commands write: whole or not there at all, and never in place of what is not theirs."""
 
-import json
+import contextlib
+import errno
 import os
+import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+from filelock import FileLock, Timeout
 
 from delta_llava.errors import UserError
 
-# Keys that make transformers run code of a folder or of another repository, in whichever JSON file they stand.
-CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate", "trust_remote_code")
-# `from_pretrained` runs what lies in here without any key that names it.
-CODE_FOLDER = "custom_generate"
-# Result files of lmms-eval, which state how each task's data set was loaded.
-RESULTS_FOLDER = "eval"
-# DeepSpeed writes it into its checkpoints; nothing loads it.
-DEEPSPEED_SCRIPT = "zero_to_fp32.py"
-SHOWN = 3
+from .json_files import read_json
 
-
-# --- code ------------------------------------------------------------------------------------------------------------
-
-
-def code_files() -> list[Path]:
-    """The files of this package that a Hub repository ships: what `auto_map` names, and what that imports."""
-    from transformers.dynamic_module_utils import get_relative_import_files
-
-    from . import configuration_delta_llava
-
-    package = Path(configuration_delta_llava.__file__).parent
-    files = {package / f"{entry.partition('.')[0]}.py" for entry in configuration_delta_llava.AUTO_MAP.values()}
-    imported = {Path(path) for file in files for path in get_relative_import_files(file)}
-    return sorted(files | imported)
-
-
-def check_code(folder: Path) -> None:
-    """Raises `UserError` unless a Hub folder's code files are there and equal to this package's."""
-    for path in code_files():
-        copy = folder / path.name
-        if not copy.is_file():
-            raise UserError(f"{copy} is missing: let `delta-llava convert` write the folder anew")
-        if copy.read_bytes() != path.read_bytes():
-            raise UserError(
-                f"{copy} differs from this version of the package: let `delta-llava convert` write the folder anew"
-            )
-
-
-def refuse_foreign_code(folder: Path) -> None:
-    """Refuses a Hub folder that names or holds code which is not this package's, before anything loads it.
-
-    In any JSON file of it: an `auto_map` entry that is not in `AUTO_MAP`, `custom_pipelines`, `custom_generate`, or a
-    `trust_remote_code` that is true. A folder `custom_generate`, and any `.py` file that has not the name of one of
-    ours. Whether ours are unchanged is [`check_code`]'s question.
-
-    Raises:
-        UserError: one line with the files and the keys.
-    """
-    found = []
-    for path in _json_files(folder):
-        keys = [key for _, key in _code_entries(_read(path))]
-        if path.relative_to(folder).parts[0] == RESULTS_FOLDER:
-            keys = [key for key in keys if key != "trust_remote_code"]
-        if keys:
-            found.append(f"{', '.join(dict.fromkeys(keys))} in {path.relative_to(folder)}")
-    if os.path.lexists(folder / CODE_FOLDER):
-        found.append(f"the folder {CODE_FOLDER}")
-    ours = {path.name for path in code_files()} | {DEEPSPEED_SCRIPT}
-    found += [str(path.relative_to(folder)) for path in sorted(folder.rglob("*.py")) if path.name not in ours]
-    if found:
-        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-        raise UserError(
-            f"{folder} brings code that is not this package's: {', '.join(found[:SHOWN])}{more}; take it out, or let "
-            "`delta-llava convert` write the folder anew without it"
-        )
-
-
-def strip_foreign_code(folder: Path) -> list[str]:
-    """Takes what [`refuse_foreign_code`] refuses out of the JSON files of a folder that has just been written.
-
-    Returns:
-        What was taken out, as "KEY in FILE".
-    """
-    stripped = []
-    for path in _json_files(folder):
-        value = _read(path)
-        entries = list(_code_entries(value))
-        for owner, key in entries:
-            named = owner.pop(key)
-            if key == "auto_map" and (own := _own_entries(named)):
-                owner[key] = own
-        if entries:
-            path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            stripped.append(f"{', '.join(dict.fromkeys(key for _, key in entries))} in {path.relative_to(folder)}")
-    return stripped
-
-
-def _json_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*.json") if path.is_file())
-
-
-def _read(path: Path) -> Any:
-    """A JSON file's value; None for a file that is no JSON, which transformers cannot read either."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise UserError(f"{path} is nested too deeply to be read: copy or download it again") from None
-    except (OSError, ValueError):
-        return None
-
-
-def _code_entries(value: Any) -> Iterator[tuple[dict, str]]:
-    """Every object in a JSON value that names foreign code, with the key."""
-    left = [value]
-    while left:
-        value = left.pop()
-        if isinstance(value, dict):
-            yield from ((value, key) for key in CODE_KEYS if _is_foreign(key, value.get(key)))
-            left.extend(value.values())
-        elif isinstance(value, list):
-            left.extend(value)
-
-
-def _is_foreign(key: str, named: Any) -> bool:
-    if key == "trust_remote_code":
-        return named is True
-    # A number is the id of a vocabulary's entry that is spelled like the key.
-    if not isinstance(named, dict | list | str) or not named:
-        return False
-    return key != "auto_map" or _own_entries(named) != named
-
-
-def _own_entries(named: Any) -> dict[str, str]:
-    """What is ours of an `auto_map`."""
-    from .configuration_delta_llava import AUTO_MAP
-
-    entries = named.items() if isinstance(named, dict) else ()
-    return {name: target for name, target in entries if AUTO_MAP.get(name) == target}
-
-
-# --- places ----------------------------------------------------------------------------------------------------------
+# Left free on the disk beside what is written.
+RESERVE_BYTES = 64_000_000
 
 
 def check_output_folder(folder: Path, label: str, stranger: str, is_ours: bool, replaces: bool = False) -> None:
@@ -176,8 +54,226 @@ def check_output_folder(folder: Path, label: str, stranger: str, is_ours: bool, 
 
 def holds_model(folder: Path) -> bool:
     """Whether a folder holds what `convert`, `export` or training writes: ours to replace when that is asked for."""
-    config = _read(folder / "config.json")
-    ours = isinstance(config, dict) and (
-        config.get("model_type") in ("delta_llava", "llava") or "mm_vision_tower" in config
-    )
+    try:
+        config = read_json(folder / "config.json")
+    except UserError:
+        config = {}
+    ours = config.get("model_type") in ("delta_llava", "llava") or "mm_vision_tower" in config
     return ours or (folder / "mm_projector.bin").is_file()
+
+
+def check_output(output: Path, inputs: dict[str, Path], overwrite: bool) -> None:
+    """Refuses an OUTPUT that cannot be written, before anything is read.
+
+    Args:
+        inputs: what is read, by the name used in messages (`SOURCE`).
+        overwrite: an existing OUTPUT may be replaced, if it holds a model.
+
+    Raises:
+        UserError: OUTPUT is one of the inputs, lies around one or inside one, exists, is a file, or is a place that
+            must not be replaced.
+    """
+    place = output.resolve()
+    for role, path in inputs.items():
+        other = path.resolve()
+        if place == other:
+            raise UserError(f"OUTPUT {output} is {role} itself: choose another folder")
+        if place in other.parents:
+            raise UserError(f"OUTPUT {output} contains {role} {path}: choose another folder")
+        if other in place.parents:
+            raise UserError(f"OUTPUT {output} lies inside {role} {path}: choose another folder")
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise UserError(f"OUTPUT {output} is a file or link: a folder is expected, choose another name")
+    is_ours = not overwrite or holds_model(output)
+    check_output_folder(output, f"OUTPUT {output}", "holds no model: it is not replaced", is_ours, replaces=True)
+    if output.exists() and not overwrite:
+        raise UserError(f"OUTPUT {output} exists: pass --overwrite to replace it, or choose another folder")
+    for parent in output.absolute().parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise UserError(f"{parent} is a file: OUTPUT {output} needs a folder there")
+            if not os.access(parent, os.W_OK | os.X_OK):
+                raise UserError(f"no permission to write in {parent}: choose another OUTPUT")
+            return
+
+
+# --- space -----------------------------------------------------------------------------------------------------------
+
+
+def format_bytes(count: float) -> str:
+    """`13.5 GB`, in powers of ten."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def free_bytes(path: Path) -> int:
+    """Free space on the disk that holds `path` or the nearest folder above it."""
+    while not path.exists():
+        path = path.absolute().parent
+    return shutil.disk_usage(path).free
+
+
+def check_space(output: Path, needed: int) -> None:
+    """Refuses to start what cannot end.
+
+    Raises:
+        UserError: the disk of `output` has less than `needed` bytes and a reserve.
+    """
+    free = free_bytes(output)
+    if needed + RESERVE_BYTES > free:
+        raise UserError(
+            f"no space for OUTPUT {output}: {format_bytes(needed)} needed, {format_bytes(free)} free; "
+            "free some or choose another disk"
+        )
+
+
+# --- all or nothing --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder that takes the place of `output` when the block ends without an error.
+
+    Whatever ends the block, SIGINT and SIGTERM included, `output` is then as it was. A killed process leaves a hidden
+    folder beside it, which the next call for the same `output` removes: the lock inside, which the kernel drops with
+    its process, says that nobody writes there any more.
+
+    Args:
+        output: the folder; folders above it are made, and removed again if the block fails.
+        overwrite: `output` may exist, and is replaced.
+
+    Raises:
+        UserError: another process writes there, the block was interrupted, or no permission or space.
+    """
+    output = Path(os.path.abspath(output))
+    unfinished = output.parent / f".{output.name}.unfinished"
+    building, replaced = unfinished / "new", unfinished / "replaced"
+    created: list[Path] = []
+    finished = False
+    try:
+        with _interrupts_raise():
+            created += _make_parents(unfinished)
+            with _lock(unfinished, output):
+                try:
+                    if replaced.exists() and not output.exists():
+                        os.rename(replaced, output)
+                    for left in (building, replaced):
+                        shutil.rmtree(left, ignore_errors=True)
+                    building.mkdir()
+                    yield building
+                    _flush(building)
+                    with _interrupts_wait():
+                        _take_place(building, output, replaced, overwrite)
+                        finished = True
+                finally:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+    except KeyboardInterrupt as error:
+        raise UserError(f"interrupted: nothing was kept of OUTPUT {output}; run the same command again") from error
+    except OSError as error:
+        raise UserError(_why_not_written(error, output)) from error
+    finally:
+        if not finished:
+            for folder in created:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+
+@contextlib.contextmanager
+def _lock(unfinished: Path, output: Path) -> Iterator[None]:
+    busy = f"another process is writing OUTPUT {output}: wait until it is done, or choose another folder"
+    if unfinished.is_symlink():
+        raise UserError(f"{unfinished} is a link: remove it")
+    lock = FileLock(unfinished / "lock", blocking=False)
+    try:
+        lock.acquire()
+    except (Timeout, FileNotFoundError):
+        raise UserError(busy) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _take_place(building: Path, output: Path, replaced: Path, overwrite: bool) -> None:
+    if output.exists() or output.is_symlink():
+        if not overwrite:
+            raise UserError(f"OUTPUT {output} appeared meanwhile: it is left alone, choose another folder")
+        os.rename(output, replaced)
+    try:
+        os.rename(building, output)
+    except OSError:
+        if replaced.exists():
+            os.rename(replaced, output)
+        raise
+    _flush_one(output.parent)
+
+
+@contextlib.contextmanager
+def _interrupts_raise() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, as SIGINT does."""
+
+    def interrupt(_number, _frame):
+        raise KeyboardInterrupt
+
+    with _handled(interrupt, signal.SIGTERM):
+        yield
+
+
+def _interrupts_wait() -> contextlib.AbstractContextManager[None]:
+    """SIGINT and SIGTERM do nothing: what is nearly done is finished, and what is said about it is true."""
+    return _handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _handled(handler, *signals: signal.Signals) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler_before in previous.items():
+            signal.signal(number, handler_before)
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Creates `folder` and returns what had to be created, innermost first."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for path in reversed(missing):
+        path.mkdir()
+    return missing
+
+
+def _flush(folder: Path) -> None:
+    """Waits until a folder and all that is in it are on disk."""
+    for path in sorted(folder.rglob("*")):
+        _flush_one(path)
+    _flush_one(folder)
+
+
+def _flush_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _why_not_written(error: OSError, output: Path) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk of OUTPUT {output} is full: nothing was kept; free some and run again"
+    if error.errno == errno.EFBIG:
+        return (
+            f"the disk of OUTPUT {output} takes no files of this size: nothing was kept; pass a smaller "
+            "--max-shard-size or choose another disk"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission to use {error.filename or output}: nothing was kept; choose another OUTPUT"
+    return f"OUTPUT {output} was not written, nothing was kept: {error}"

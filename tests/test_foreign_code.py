@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from delta_llava.cli import main
 from delta_llava.errors import UserError
 from modeling_delta_llava.configuration_delta_llava import AUTO_MAP
-from modeling_delta_llava.folders import code_files, refuse_foreign_code, strip_foreign_code
+from modeling_delta_llava.foreign_code import code_files, refuse_foreign_code, strip_foreign_code
 from tests.training_layout import TrainingLayout, write_base_model, write_json, write_stage2, write_tower
 
 LAYOUT = TrainingLayout()

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from delta_llava.errors import UserError
 
 from ..building import backbone_chat_template, build_processor, load_tokenizer, read_chat_template
 from ..configuration_delta_llava import DeltaLlavaConfig
-from ..folders import refuse_foreign_code, strip_foreign_code
+from ..folders import atomic_folder
+from ..foreign_code import refuse_foreign_code, strip_foreign_code
 from ..json_files import read_json
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
@@ -173,15 +173,12 @@ def compose(folder: Path, model: ModelArguments, data: DataArguments, seed: int 
         pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=[parts.config.image_token_id],
     )
-    unfinished = folder.with_name(f"{folder.name}-unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    composed.save_pretrained(unfinished)
-    parts.processor.save_pretrained(unfinished)
-    for entry in strip_foreign_code(unfinished):
-        logger.warning("not taken over, it names code that is not this package's: %s", entry)
-    write_settings(unfinished, made_from)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+    with atomic_folder(folder, overwrite=True) as building:
+        composed.save_pretrained(building)
+        parts.processor.save_pretrained(building)
+        for entry in strip_foreign_code(building):
+            logger.warning("not taken over, it names code that is not this package's: %s", entry)
+        write_settings(building, made_from)
     return folder
 
 
