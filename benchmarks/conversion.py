@@ -5,12 +5,14 @@ in a process of its own and in turns:
 
 * `cp`: copying the checkpoint's files and flushing them to disk, the limit;
 * `convert` with and without the scan for NaN and infinity;
+* with --before CHECKOUT, the `convert` of another version of this package, with its scan;
 * with --whole-model, loading the model whole and calling `save_pretrained`, the usual way (needs memory for all
   weights; skipped with the reason when there is not enough);
 
 for safetensors and for `pytorch_model*.bin` shards. Before each run the checkpoint is dropped from the page cache;
-each time includes flushing what was written to disk. Peak memory is the process's largest resident set. With
---answer the converted model is loaded in bfloat16 and answers a question about a picture.
+each time includes flushing what was written to disk. Peak memory is the largest anonymous one: mapped pages of files,
+which the kernel takes back when memory is short, are not in it. With --answer the converted model is loaded in
+bfloat16 and answers a question about a picture.
 """
 
 import argparse
@@ -26,13 +28,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from common import machine, parser, print_table, start, write_result
+from safetensors.torch import save_file
 
 from modeling_delta_llava.conversion.configs import RELEASED_TOWER
-from modeling_delta_llava.conversion.safetensors_files import header_bytes
-from modeling_delta_llava.conversion.verify import available_memory
+from modeling_delta_llava.conversion.source import available_memory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.training_layout import (
@@ -46,6 +47,7 @@ from tests.training_layout import (
     write_tokenizer,
 )
 
+ROOT = Path(__file__).resolve().parents[1]
 VICUNA_7B = {
     "text_hidden_size": 4096,
     "text_intermediate_size": 11008,
@@ -65,27 +67,24 @@ SHARD_BYTES = {"safetensors": 5_000_000_000, "bin": 2_000_000_000}
 TOWER = "openai/clip-vit-large-patch14-336"
 
 WHOLE_MODEL = """
-import os, re, sys, torch
+import os, sys, torch
 from pathlib import Path
 from safetensors.torch import load_file
 from transformers import AutoConfig
 from modeling_delta_llava import DeltaLlavaForConditionalGeneration
-from modeling_delta_llava.conversion.keys import TRAINING_RULES, matching_step, rename_key
+from modeling_delta_llava.conversion.tables import new_name, training_table
 source, hub, output = map(Path, sys.argv[1:])
 weights = {}
 for path in sorted([*source.glob("model*.safetensors"), *source.glob("pytorch_model*.bin")]):
     weights |= load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
 state = {}
 for key in list(weights):
-    tensor, name = weights.pop(key), rename_key(key, TRAINING_RULES["old"])
-    step = matching_step(name)
-    if step is None:
-        state[name] = tensor
-        continue
-    tensor = tensor[:, :, 0, 0] if step.squeeze else tensor
-    match = re.fullmatch(step.pattern, name)
-    for target, part in zip(step.targets, tensor.chunk(len(step.targets))):
-        state[match.expand(target)] = part
+    tensor, name = weights.pop(key), new_name(key, training_table(plain=False))
+    if ".qkv_proj." in name:
+        for part, rows in zip("qkv", tensor.chunk(3)):
+            state[name.replace("qkv_proj", f"{part}_proj")] = rows
+    else:
+        state[name] = tensor[:, :, 0, 0] if tensor.shape[2:] == (1, 1) else tensor
 config = AutoConfig.from_pretrained(hub)
 with torch.device("meta"):
     model = DeltaLlavaForConditionalGeneration(config)
@@ -159,14 +158,11 @@ def write_checkpoint(folder: Path, layout: TrainingLayout, weights_format: str, 
     for number, shapes in enumerate(shards, 1):
         file = f"{stem}-{number:05d}-of-{len(shards):05d}.{weights_format}"
         weight_map |= dict.fromkeys(shapes, file)
+        tensors = {name: torch.cat(list(values(name, shape))).reshape(shape) for name, shape in shapes.items()}
         if weights_format == "bin":
-            torch.save({n: torch.cat(list(values(n, s))).reshape(s) for n, s in shapes.items()}, folder / file)
-            continue
-        with open(folder / file, "wb") as target:
-            target.write(header_bytes({name: ("BF16", shape) for name, shape in shapes.items()}))
-            for name, shape in shapes.items():
-                for block in values(name, shape):
-                    target.write(block.view(torch.int16).numpy().astype(np.int16, copy=False))
+            torch.save(tensors, folder / file)
+        else:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
     index = {"metadata": {"total_size": 2 * sum(map(math.prod, shapes_of(layout).values()))}, "weight_map": weight_map}
     write_json(folder / f"{stem}.{weights_format}.index.json", index)
     flush(folder)
@@ -188,15 +184,15 @@ def forget(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def timed(command: list[str], source: Path) -> dict[str, float]:
-    """Seconds and peak resident memory (MB) of a process that starts without `source` in the page cache."""
+def timed(command: list[str], source: Path, package: Path = ROOT) -> dict[str, float]:
+    """Seconds and peak anonymous memory (MB) of a process that starts without `source` in the page cache."""
     forget(source)
     begin = time.perf_counter()
     peak = 0
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment())
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment(package), cwd=package)
         while process.poll() is None:
-            peak = max(peak, resident_peak(process.pid))
+            peak = max(peak, anonymous_memory(process.pid))
             time.sleep(0.02)
         seconds = time.perf_counter() - begin
         if process.returncode:
@@ -205,18 +201,17 @@ def timed(command: list[str], source: Path) -> dict[str, float]:
     return {"seconds": seconds, "peak_mb": peak / 1e6}
 
 
-def resident_peak(pid: int) -> int:
-    """Largest resident set of a process so far, in bytes. (`wait` reports its parent's before `exec`, too.)"""
+def anonymous_memory(pid: int) -> int:
+    """What a process holds now beside mapped files, in bytes."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
 
 
-def environment() -> dict[str, str]:
-    path = str(Path(__file__).resolve().parents[1])
-    return os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+def environment(package: Path = ROOT) -> dict[str, str]:
+    return os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(package), "TOKENIZERS_PARALLELISM": "false"}
 
 
 def measure_format(arguments: argparse.Namespace, work: Path, weights_format: str) -> dict[str, object]:
@@ -232,12 +227,17 @@ def measure_format(arguments: argparse.Namespace, work: Path, weights_format: st
         "convert": convert,
         "convert, no scan": [*convert, "--no-scan"],
     }
+    packages = {}
+    if arguments.before is not None:
+        python = arguments.before / ".venv" / "bin" / "python"
+        runs["convert, before"] = [str(python) if python.exists() else sys.executable, *convert[1:]]
+        packages["convert, before"] = arguments.before
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     for _ in range(arguments.repeats):
         for name, command in runs.items():
             for folder in (copy, hub):
                 shutil.rmtree(folder, ignore_errors=True)
-            measured[name].append(timed(command, source))
+            measured[name].append(timed(command, source, packages.get(name, ROOT)))
     shutil.rmtree(copy, ignore_errors=True)
     answer = None
     if arguments.answer and weights_format == "safetensors":
@@ -306,6 +306,7 @@ def main() -> None:
     arguments_parser.add_argument("--size", choices=SIZES, default="7b", help="geometry of the checkpoint")
     arguments_parser.add_argument("--formats", nargs="+", choices=SHARD_BYTES, default=list(SHARD_BYTES))
     arguments_parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="disk to measure")
+    arguments_parser.add_argument("--before", type=Path, help="checkout of another version to time in turns")
     arguments_parser.add_argument("--whole-model", action="store_true", help="also load the model whole")
     arguments_parser.add_argument("--answer", action="store_true", help="also load the result and ask it")
     arguments = arguments_parser.parse_args()
@@ -313,15 +314,18 @@ def main() -> None:
     about = machine(device)
     results: dict[str, object] = {}
     folder, arguments.folder = arguments.folder, "(local disk)"
+    before = arguments.before
     for weights_format in arguments.formats:
         with tempfile.TemporaryDirectory(dir=folder, prefix="conversion-benchmark-") as work:
             results[weights_format] = measure_format(arguments, Path(work), weights_format)
+        arguments.before = None if before is None else "(another checkout)"
         rows = results[weights_format]["runs"]
         header = ["seconds", "times_cp", "gb_per_second", "peak_mb"]
         print(f"\n{weights_format}, {results[weights_format]['bytes'] / 1e9:.2f} GB")
         print_table(["", *header], [[name, *(row.get(key, "-") for key in header)] for name, row in rows.items()])
         print(json.dumps({key: value for key, value in results[weights_format].items() if key == "answer"}))
         write_result(arguments, device, about, results)
+        arguments.before = before
 
 
 if __name__ == "__main__":

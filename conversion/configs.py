@@ -4,10 +4,9 @@ import copy
 import re
 from pathlib import Path
 
-from delta_llava.errors import UserError
+from delta_llava.errors import UserError, reason
 from modeling_delta_llava.configuration_delta_llava import DEFAULT_VISION_CONFIG, DeltaLlavaConfig
-from modeling_delta_llava.conversion.forms import PLAIN
-from modeling_delta_llava.conversion.tensors import DTYPES
+from modeling_delta_llava.conversion.source import PLAIN
 from modeling_delta_llava.json_files import read_json
 
 # Fields of a training config that describe the multimodal part or the run; the rest is the language model's.
@@ -76,7 +75,7 @@ def build_sub_config(fields: dict, where: Path):
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
     # Strict configs raise a family of errors of their own, old ones ValueError or TypeError.
     except Exception as error:
-        raise UserError(f"{where} cannot be used by transformers: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{where} cannot be used by transformers: {reason(error)}") from error
 
 
 def tower_config_fields(folder: Path) -> dict:
@@ -107,11 +106,16 @@ def ties_embeddings(text: dict, where: Path) -> bool:
     return bool(getattr(build_sub_config(_without_meta(text), where), "tie_word_embeddings", False))
 
 
-def set_dtype(config, dtype: str) -> None:
-    """States the dtype of the weights (safetensors name) in the configuration."""
-    import torch
+def own_part(config: dict, name: str, where: Path) -> dict:
+    """`text_config` or `vision_config` of a Hub folder's configuration.
 
-    config.dtype = getattr(torch, DTYPES[dtype][1])
+    Raises:
+        UserError: it is not there or has no `model_type`.
+    """
+    fields = config.get(name)
+    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
+        raise UserError(f"{where} has no {name} with a model_type: copy the whole file again")
+    return dict(fields)
 
 
 def build_config(
@@ -179,7 +183,7 @@ def _checked_config(config_class: type, fields: dict, where: Path):
         return config_class(**fields)
     # Configs are strict: their checks arrive wrapped in huggingface_hub's own error classes.
     except Exception as error:
-        raise UserError(f"{where} describes an impossible model: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{where} describes an impossible model: {reason(error)}") from error
 
 
 def _grid_side(vision_config, where: Path) -> int:
@@ -239,8 +243,7 @@ def expected_shapes(
             whole_tower = AutoModel.from_config(vision_config)
     # Sizes and settings that the config classes let pass fail anywhere in the model's constructors.
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise UserError(f"{where} describes an impossible model ({reason}): check its values") from error
+        raise UserError(f"{where} describes an impossible model ({reason(error)}): check its values") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)

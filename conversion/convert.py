@@ -1,41 +1,26 @@
 """`delta-llava convert`: a training checkpoint becomes a Hub folder."""
 
 import contextlib
-import resource
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from delta_llava.errors import UserError
-from modeling_delta_llava.conversion import forms
-from modeling_delta_llava.conversion.checkpoints import file_inside
-from modeling_delta_llava.conversion.entries import json_bytes
-from modeling_delta_llava.conversion.generation import generation_fields
-from modeling_delta_llava.conversion.plan import Options, Plan, make_plan
+from tqdm import tqdm
+
+from delta_llava.errors import UserError, reason
+from modeling_delta_llava.conversion.assemble import Assembly, Options, assemble
 from modeling_delta_llava.conversion.record import RECORD_FILE, TRAINING_FOLDER, read_record
-from modeling_delta_llava.conversion.sources import is_hub_id
-from modeling_delta_llava.conversion.streams import (
-    BUFFER_BYTES,
-    MERGE_BLOCK_ELEMENTS,
-    LowRankUpdate,
-    Span,
-    TensorStream,
-)
-from modeling_delta_llava.conversion.tensors import format_bytes, item_size
-from modeling_delta_llava.conversion.workspace import (
-    check_output,
-    check_space,
-    free_bytes,
-    interruptible,
-    transaction,
-)
-from modeling_delta_llava.conversion.writer import parse_size, plan_shards, write_shards
+from modeling_delta_llava.conversion.source import DELTA, FINETUNED, FORM_NAMES, PLAIN, PROJECTOR_NAMES
+from modeling_delta_llava.conversion.tables import NATIVE_LLAVA_ROWS, PROJECTOR, TOWER, backwards, new_name
+from modeling_delta_llava.conversion.weights import Weights
+from modeling_delta_llava.conversion.write import parse_size, plan_shards, write_shards
+from modeling_delta_llava.folders import atomic_folder, check_output, check_space, format_bytes, free_bytes
 from modeling_delta_llava.foreign_code import code_files, strip_foreign_code
-from modeling_delta_llava.json_files import read_json
+from modeling_delta_llava.json_files import read_json, write_json
+from modeling_delta_llava.sources import file_inside, is_hub_id
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -93,30 +78,51 @@ def convert(
         say: called with lines about what was found.
 
     Raises:
-        UserError: bad input; `output` is then as it was before.
+        UserError: bad input, or a source that was changed meanwhile; `output` is then as it was before.
     """
     output = Path(output)
     max_shard_bytes = parse_size(max_shard_size)
     options = options or Options()
-    with interruptible(output), quiet_transformers(downloads=progress):
-        check_output(output, _local_inputs(source, options), overwrite)
-        plan = make_plan(source, options)
-        check_output(output, plan.folders, overwrite)
-        for line in describe(plan):
+    check_output(output, _local_inputs(source, options), overwrite)
+    with quiet_transformers(downloads=progress), atomic_folder(output, overwrite) as building:
+        found = assemble(source, options)
+        check_output(output, found.folders, overwrite)
+        for line in describe(found):
             say(line)
-        check_space(output, plan.nbytes + SMALL_FILES_BYTES)
-        with transaction(output, overwrite) as building:
-            write_small_files(plan, building)
-            for entry in strip_foreign_code(building):
-                say(f"note: not taken over, it names code that is not this package's: {entry}")
-            started = time.perf_counter()
-            with TensorStream(scan) as stream, progress_bar(plan.nbytes, "converting", progress) as advance:
-                write_shards(building, plan.tensors, max_shard_bytes, stream, advance, allow_nonfinite)
-            seconds = time.perf_counter() - started
-    for name, count in stream.nonfinite.items():
+        weights = file_names(found)
+        check_space(output, found.nbytes + scratch_bytes(weights, max_shard_bytes) + SMALL_FILES_BYTES)
+        write_small_files(found, building)
+        for entry in strip_foreign_code(building):
+            say(f"note: not taken over, it names code that is not this package's: {entry}")
+        started = time.perf_counter()
+        with progress_bar(found.nbytes, "converting", progress) as bar:
+            nonfinite = write_shards(
+                building,
+                weights,
+                max_shard_bytes,
+                scan=scan,
+                allow_nonfinite=allow_nonfinite,
+                advance=bar.update,
+            )
+        found.check_sources_unchanged()
+        seconds = time.perf_counter() - started
+    for name, count in nonfinite.items():
         say(f"warning: {name} holds {count} values that are NaN or infinite")
     files = sorted(path for path in output.rglob("*") if path.is_file())
-    return Result(output, files, plan.nbytes, seconds, stream.nonfinite)
+    return Result(output, files, found.nbytes, seconds, nonfinite)
+
+
+def file_names(found: Assembly) -> Weights:
+    """The weights under their names on disk, which differ from those in the model for native LLaVA."""
+    if found.projector == DELTA:
+        return found.weights
+    table = backwards(NATIVE_LLAVA_ROWS)
+    return {new_name(name, table): weight for name, weight in found.weights.items()}
+
+
+def scratch_bytes(weights: Weights, max_shard_bytes: int) -> int:
+    """Disk that is needed for a while beside the result: what is computed for one shard."""
+    return min(max_shard_bytes, sum(weight.nbytes for weight in weights.values() if not weight.is_copy))
 
 
 def preview(
@@ -133,9 +139,9 @@ def preview(
     options = options or Options()
     check_output(output, _local_inputs(source, options), overwrite)
     with quiet_transformers(downloads=True):
-        plan = make_plan(source, options)
-    check_output(output, plan.folders, overwrite)
-    return describe(plan), describe_plan(plan, output, max_shard_bytes)
+        found = assemble(source, options)
+    check_output(output, found.folders, overwrite)
+    return describe(found), describe_result(found, output, max_shard_bytes)
 
 
 def _local_inputs(source: str, options: Options) -> dict[str, Path]:
@@ -146,152 +152,156 @@ def _local_inputs(source: str, options: Options) -> dict[str, Path]:
 # --- small files -----------------------------------------------------------------------------------------------------
 
 
-def write_small_files(plan: Plan, folder: Path) -> None:
+def write_small_files(found: Assembly, folder: Path) -> None:
     """Everything but the weights: config, code, processor, tokenizer, generation config, what export needs."""
     from transformers import GenerationConfig
 
-    config = plan.config
-    config.architectures = [
-        "LlavaForConditionalGeneration" if plan.projector == forms.PLAIN else "DeltaLlavaForConditionalGeneration"
-    ]
-    config.save_pretrained(folder)
-    if plan.projector == forms.DELTA:
+    name = "LlavaForConditionalGeneration" if found.projector == PLAIN else "DeltaLlavaForConditionalGeneration"
+    found.config.architectures = [name]
+    found.config.save_pretrained(folder)
+    if found.projector == DELTA:
         for path in code_files():
             shutil.copyfile(path, folder / path.name)
-    written = read_json(plan.generation_file) if plan.generation_file is not None else plan.training
-    fields = generation_fields(plan.tokenizer, written, plan.image_token, plan.suppressed_rows)
+    written = read_json(found.generation_file) if found.generation_file is not None else found.training
     try:
-        processor = build_processor(plan)
+        processor = build_processor(found)
     except UserError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if plan.preprocessor is None:
+        if found.preprocessor is None:
             raise
-        path = plan.folders["--vision-tower"] / "preprocessor_config.json"
-        raise UserError(f"{path} makes no image processor ({error}): copy the tower's own there") from error
+        path = found.folders["--vision-tower"] / "preprocessor_config.json"
+        raise UserError(f"{path} makes no image processor ({reason(error)}): copy the tower's own there") from error
     processor.save_pretrained(folder)
-    GenerationConfig(**fields).save_pretrained(folder)
-    _keep_training_files(plan, folder)
+    GenerationConfig(**generation_fields(found, written)).save_pretrained(folder)
+    _keep_training_files(found, folder)
 
 
-def _keep_training_files(plan: Plan, folder: Path) -> None:
+def generation_fields(found: Assembly, written: dict) -> dict:
+    """Fields of `generation_config.json`: valid, greedy, and unable to produce the image token or an added row.
+
+    Sampling settings are left out: language models bring temperatures without `do_sample` (which transformers refuses
+    to save), training switches `do_sample` on only to get around that, and published scores are greedy.
+
+    Args:
+        written: fields of the source's `generation_config.json`, or of its config.
+    """
+    tokenizer = found.tokenizer
+    ends = written.get("eos_token_id")
+    ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
+    ends = list(dict.fromkeys(end for end in (*ends, tokenizer.eos_token_id) if isinstance(end, int)))
+    image_token_id = tokenizer.convert_tokens_to_ids(found.image_token)
+    fields = {
+        "bos_token_id": tokenizer.bos_token_id if tokenizer.bos_token_id is not None else written.get("bos_token_id"),
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": tokenizer.pad_token_id,
+        "suppress_tokens": sorted({image_token_id, *found.added_rows}),
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _keep_training_files(found: Assembly, folder: Path) -> None:
     """What export needs: a training checkpoint's tokenizer, generation config and record, or those kept before."""
-    source = plan.folders["SOURCE"]
-    record = read_record(source) if plan.form == forms.FINETUNED else None
-    if record is not None:
+    source = found.folders["SOURCE"]
+    kept = read_record(source) if found.form == FINETUNED else None
+    if kept is not None:
+        record = kept
         files = [(source, f"{TRAINING_FOLDER}/{name}") for name in (*TOKENIZER_FILES, "generation_config.json")]
-    elif plan.form != forms.FINETUNED and plan.training.get("model_type") != "delta_llava":
-        record = plan.record
-        files = [(plan.tokenizer_folder, name) for name in TOKENIZER_FILES]
-        if plan.generation_file is not None:
-            files.append((plan.generation_file.parent, plan.generation_file.name))
+    elif found.form != FINETUNED and found.training.get("model_type") != "delta_llava":
+        record = found.record
+        files = [(found.tokenizer_folder, name) for name in TOKENIZER_FILES]
+        if found.generation_file is not None:
+            files.append((found.generation_file.parent, found.generation_file.name))
     else:
         return
     (folder / TRAINING_FOLDER).mkdir()
     for root, name in files:
         if (root / name).is_file():
             path = file_inside(root, name, "SOURCE")
-            shutil.copyfile(path, folder / TRAINING_FOLDER / path.name)
-    (folder / RECORD_FILE).write_bytes(json_bytes(record))
+            copy_file(path, folder / TRAINING_FOLDER / path.name)
+    write_json(folder / RECORD_FILE, record)
 
 
-def build_processor(plan: Plan):
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a small file.
+
+    Raises:
+        UserError: the source cannot be read.
+        OSError: the target cannot be written.
+    """
+    try:
+        content = source.read_bytes()
+    except OSError as error:
+        raise UserError(f"{source} cannot be read ({error.strerror}): check its permissions") from error
+    target.write_bytes(content)
+
+
+def build_processor(found: Assembly):
     """The processor of the Hub folder: taken over from a folder that has one, or built from tokenizer and tower."""
     from modeling_delta_llava.building import backbone_chat_template, build_image_processor
     from modeling_delta_llava.building import build_processor as build_delta_processor
 
-    if plan.processor is not None:
-        return plan.processor
-    aspect_ratio = plan.training.get("image_aspect_ratio") or "square"
-    if plan.projector == forms.DELTA:
-        return build_delta_processor(plan.config, plan.tokenizer, plan.image_token, plan.preprocessor, aspect_ratio)
+    if found.processor is not None:
+        return found.processor
+    tokenizer, vision = found.tokenizer, found.config.vision_config
+    aspect_ratio = found.training.get("image_aspect_ratio") or "square"
+    if found.projector == DELTA:
+        return build_delta_processor(found.config, tokenizer, found.image_token, found.preprocessor, aspect_ratio)
     from transformers import LlavaProcessor
 
-    template = backbone_chat_template(plan.tokenizer, plan.image_token)
-    plan.tokenizer.chat_template = None
+    template = backbone_chat_template(tokenizer, found.image_token)
+    tokenizer.chat_template = None
     return LlavaProcessor(
-        image_processor=build_image_processor(plan.config.vision_config, plan.preprocessor, aspect_ratio),
-        tokenizer=plan.tokenizer,
-        patch_size=plan.config.vision_config.patch_size,
-        vision_feature_select_strategy=plan.config.vision_feature_select_strategy,
+        image_processor=build_image_processor(vision, found.preprocessor, aspect_ratio),
+        tokenizer=tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy=found.config.vision_feature_select_strategy,
         chat_template=template,
-        image_token=plan.image_token,
-        num_additional_image_tokens=0 if plan.config.vision_config.model_type.startswith("siglip") else 1,
+        image_token=found.image_token,
+        num_additional_image_tokens=0 if vision.model_type.startswith("siglip") else 1,
     )
 
 
 # --- telling ---------------------------------------------------------------------------------------------------------
 
 
-def describe(plan: Plan) -> list[str]:
+def describe(found: Assembly) -> list[str]:
     """What was found, for the screen."""
-    lines = [f"found: {forms.FORM_NAMES[plan.form]} with a {forms.PROJECTOR_NAMES[plan.projector]}"]
-    lines += [f"reading {role}: {folder}" for role, folder in plan.folders.items()]
-    return lines + [f"note: {note}" for note in plan.notes]
+    lines = [f"found: {FORM_NAMES[found.form]} with a {PROJECTOR_NAMES[found.projector]}"]
+    lines += [f"reading {role}: {folder}" for role, folder in found.folders.items()]
+    return lines + [f"note: {note}" for note in found.notes]
 
 
-def describe_plan(plan: Plan, output: Path, max_shard_bytes: int) -> list[tuple[str, str]]:
+def describe_result(found: Assembly, output: Path, max_shard_bytes: int) -> list[tuple[str, str]]:
     """Rows of the `--dry-run` table."""
-    config = plan.config
-    rows = [(part, f"{count} tensors, {format_bytes(size)}") for part, count, size in plan.counts]
-    reasons: dict[str, int] = {}
-    for reason in plan.dropped.values():
-        reasons[reason] = reasons.get(reason, 0) + 1
-    rows += [("not written", f"{count} tensors: {reason}") for reason, count in reasons.items()]
-    copied = sum(tensor.copied_bytes for tensor in plan.tensors)
-    rows.append(("copied unchanged", f"{format_bytes(copied)} of {format_bytes(plan.nbytes)}"))
-    shards = len(plan_shards(plan.tensors, max_shard_bytes))
+    config, weights = found.config, found.weights
+    parts = {"vision tower": [], "projector": [], "language model": []}
+    for name, weight in weights.items():
+        part = "vision tower" if name.startswith(TOWER) else "projector" if name.startswith(PROJECTOR) else None
+        parts[part or "language model"].append(weight.nbytes)
+    rows = [(part, f"{len(sizes)} tensors, {format_bytes(sum(sizes))}") for part, sizes in parts.items()]
+    reasons = list(found.dropped.values())
+    rows += [("not written", f"{reasons.count(why)} tensors: {why}") for why in dict.fromkeys(reasons)]
+    copied = sum(weight.nbytes for weight in weights.values() if weight.is_copy)
+    rows.append(("copied unchanged", f"{format_bytes(copied)} of {format_bytes(found.nbytes)}"))
+    shards = len(plan_shards(weights, max_shard_bytes))
     rows.append(("shards", f"{shards} of at most {format_bytes(max_shard_bytes)}"))
-    if plan.projector == forms.DELTA:
+    if found.projector == DELTA:
         budgets = ", ".join(str(count) for count in config.legal_num_visual_tokens)
         rows.append(("visual tokens", f"{config.num_visual_tokens} per image (legal: {budgets})"))
     else:
         rows.append(("visual tokens", f"{config.image_seq_length} per image"))
-    vocabulary = config.text_config.vocab_size
-    added = vocabulary - plan.source_rows
+    vocabulary, added = config.text_config.vocab_size, len(found.added_rows)
     rows.append(("vocabulary", f"{vocabulary} rows" + (f", {added} of them new" if added else ", none added")))
-    rows.append(("image token", f"{plan.image_token} = {config.image_token_id}"))
-    rows.append(("peak memory", f"about {format_bytes(peak_memory(plan))}"))
-    needed = plan.nbytes + SMALL_FILES_BYTES
+    rows.append(("image token", f"{found.image_token} = {config.image_token_id}"))
+    needed = found.nbytes + scratch_bytes(weights, max_shard_bytes) + SMALL_FILES_BYTES
     rows.append(("disk", f"{format_bytes(needed)} needed, {format_bytes(free_bytes(output))} free"))
     return rows
 
 
-def peak_memory(plan: Plan) -> int:
-    """Bytes the whole process will hold: what it holds now, the copy buffer, and the largest computed block."""
-    now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    blocks = [0]
-    for tensor in plan.tensors:
-        for piece in tensor.pieces:
-            if isinstance(piece, LowRankUpdate):
-                blocks.append(3 * 4 * min(piece.count, MERGE_BLOCK_ELEMENTS))
-            elif isinstance(piece, Span) and not piece.stored.is_contiguous:
-                # Its storage, its rows in order, and once more when the mean of its rows is needed.
-                blocks.append(piece.stored.span * item_size(piece.dtype) + 2 * piece.stored.nbytes)
-    return now + 6 * BUFFER_BYTES + max(blocks)
-
-
-class progress_bar:  # noqa: N801 - used like a function
-    """A bar in bytes with rate and time left, on a terminal; a context that gives the function to advance it."""
-
-    def __init__(self, total: int, what: str, shown: bool = True):
-        from tqdm import tqdm
-
-        self.bar = tqdm(
-            total=total,
-            desc=what,
-            unit="B",
-            unit_scale=True,
-            disable=None if shown else True,
-            mininterval=0.2,
-            file=sys.stderr,
-        )
-
-    def __enter__(self) -> Callable[[int], object]:
-        return self.bar.update
-
-    def __exit__(self, *_error) -> None:
-        self.bar.close()
+def progress_bar(total: int, what: str, shown: bool) -> tqdm:
+    """A bar in bytes with rate and time left, on a terminal."""
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None if shown else True, mininterval=0.2)
 
 
 @contextlib.contextmanager

@@ -2,34 +2,84 @@
 
 import base64
 import math
-import re
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from delta_llava.errors import UserError
-from modeling_delta_llava.conversion.checkpoints import file_inside
-from modeling_delta_llava.conversion.keys import PLAIN_TRAINING_RULES, TRAINING_RULES
-from modeling_delta_llava.conversion.tensors import DTYPES, item_size
+from modeling_delta_llava.conversion.tables import TOWER_ROWS, is_dropped
 from modeling_delta_llava.json_files import read_json
+from modeling_delta_llava.sources import file_inside, is_hub_id
 
 # In the Hub folder: what training wrote beside the weights, as `delta-llava export` puts it back.
 TRAINING_FOLDER = "training"
 RECORD_FILE = f"{TRAINING_FOLDER}/record.json"
-_DROPPING_PATTERNS = {
-    rule.pattern
-    for rules in (*TRAINING_RULES.values(), *PLAIN_TRAINING_RULES.values())
-    for rule in rules
-    if rule.replacement is None
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
 }
 
 
-def dropped_tensor(dtype: str, shape: tuple[int, ...], data: bytes) -> dict:
-    """A tensor that conversion leaves out, as JSON."""
-    return {"dtype": dtype, "shape": list(shape), "base64": base64.b64encode(data).decode("ascii")}
+def make_record(
+    *,
+    form: str,
+    projector: str,
+    training: dict,
+    vision_tower: str | None,
+    vocabulary_rows: int,
+    tower_keys: str | None,
+    tied_head_saved: bool,
+    dropped_tensors: Mapping[str, Tensor],
+) -> dict:
+    """The record of one conversion.
+
+    Args:
+        training: the source's configuration.
+        vision_tower: what the user gave in place of the tower that it names.
+        vocabulary_rows: embedding rows of the source.
+        tower_keys: how the source names the tower in it ("old", "flat"); None for no tower.
+        tied_head_saved: whether the source holds the head beside the embedding that it is tied to.
+        dropped_tensors: small tensors that conversion leaves out.
+    """
+    training = {name: value for name, value in training.items() if name != "_name_or_path"}
+    tower = vision_tower or training.get("mm_vision_tower")
+    if isinstance(tower, str):
+        # A path of the training machine means nothing elsewhere, and may name people.
+        training["mm_vision_tower"] = tower if is_hub_id(tower) else Path(tower).name
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    return {
+        "form": form,
+        "projector": projector,
+        "training_config": training,
+        "vocabulary_rows": vocabulary_rows,
+        "tower_keys": tower_keys,
+        "tied_head_saved": tied_head_saved,
+        "dropped_tensors": {
+            key: {
+                "dtype": names[tensor.dtype],
+                "shape": list(tensor.shape),
+                "base64": base64.b64encode(tensor.contiguous().view(torch.uint8).numpy()).decode("ascii"),
+            }
+            for key, tensor in dropped_tensors.items()
+            if tensor.dtype in names
+        },
+    }
 
 
-def tensor_bytes(stored: dict) -> bytes:
-    """The bytes of a [`dropped_tensor`]."""
-    return base64.b64decode(stored["base64"], validate=True)
+def kept_tensors(record: dict) -> dict[str, Tensor]:
+    """The tensors that conversion left out, by training key."""
+    return {key: _tensor(stored) for key, stored in record["dropped_tensors"].items()}
+
+
+def _tensor(stored: dict) -> Tensor:
+    data = bytearray(base64.b64decode(stored["base64"], validate=True))
+    return torch.frombuffer(data, dtype=DTYPES[stored["dtype"]]).reshape(stored["shape"])
 
 
 def read_record(folder: Path) -> dict | None:
@@ -55,21 +105,21 @@ def _problem(record: dict) -> str | None:
     if not isinstance(record.get("training_config"), dict):
         return "has no training_config"
     if type(rows) is not int or rows < 1:
-        return f"has vocabulary_rows {rows!r}"
-    if "tower_keys" not in record or record["tower_keys"] not in (None, *TRAINING_RULES):
-        return f"has tower_keys {record.get('tower_keys')!r}"
+        return f"has vocabulary_rows {str(rows)[:40]!r}"
+    if "tower_keys" not in record or record["tower_keys"] not in (None, *TOWER_ROWS):
+        return f"has tower_keys {str(record.get('tower_keys'))[:40]!r}"
     if not isinstance(record.get("tied_head_saved"), bool):
-        return f"has tied_head_saved {record.get('tied_head_saved')!r}"
+        return f"has tied_head_saved {str(record.get('tied_head_saved'))[:40]!r}"
     if not isinstance(dropped, dict):
         return "has no dropped_tensors"
     for key, stored in dropped.items():
-        if not any(re.fullmatch(pattern, key) for pattern in _DROPPING_PATTERNS):
-            return f"keeps {key!r}, a tensor that conversion never leaves out"
+        if is_dropped(key) is None:
+            return f"keeps {key[:120]!r}, a tensor that conversion never leaves out"
         try:
-            dtype, shape, data = stored["dtype"], stored["shape"], tensor_bytes(stored)
-            whole = dtype in DTYPES and isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
-            if not whole or len(data) != math.prod(shape) * item_size(dtype):
-                return f"keeps {len(data)} bytes of {key!r}, which are no {dtype!r} of shape {shape!r}"
+            shape, size = stored["shape"], DTYPES[stored["dtype"]].itemsize
+            data = base64.b64decode(stored["base64"], validate=True)
+            if not all(type(n) is int and n > 0 for n in shape) or math.prod(shape) * size != len(data):
+                return f"keeps {len(data)} bytes of {key!r}, which are no {stored['dtype']} of shape {str(shape)[:80]}"
         except (KeyError, TypeError, ValueError) as error:
             return f"keeps {key!r} in no readable way ({type(error).__name__})"
     return None

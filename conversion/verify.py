@@ -1,30 +1,26 @@
 """`delta-llava verify`: is a Hub folder complete and loadable, and does it hold what its source holds?"""
 
 import json
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from delta_llava.errors import UserError
-from modeling_delta_llava.conversion import forms
-from modeling_delta_llava.conversion.checkpoints import read_checkpoint, require_folder
+from delta_llava.errors import UserError, reason
+from modeling_delta_llava.conversion.assemble import Assembly, Options, assemble
 from modeling_delta_llava.conversion.convert import progress_bar, quiet_transformers
-from modeling_delta_llava.conversion.entries import Entries, Entry
-from modeling_delta_llava.conversion.export import hub_entries, load_output, read_hub_config, training_tensors
-from modeling_delta_llava.conversion.plan import Options, Plan, make_plan
-from modeling_delta_llava.conversion.streams import OutputTensor, Span, TensorStream
-from modeling_delta_llava.conversion.tensors import FLOATING, format_bytes, item_size
-from modeling_delta_llava.folders import holds_model
+from modeling_delta_llava.conversion.export import read_hub_config, read_hub_weights
+from modeling_delta_llava.conversion.record import read_record
+from modeling_delta_llava.conversion.source import DELTA, PLAIN, available_memory
+from modeling_delta_llava.conversion.weights import Weights, same_values
+from modeling_delta_llava.conversion.write import count_nonfinite
+from modeling_delta_llava.folders import format_bytes, holds_model
 from modeling_delta_llava.foreign_code import check_code, code_files, refuse_foreign_code
 from modeling_delta_llava.json_files import read_json
+from modeling_delta_llava.sources import require_folder
 
 REQUIRED_FILES = ("config.json", "generation_config.json", "processor_config.json", "tokenizer_config.json")
-# Largest relative difference of a stage between folder and source in fp32.
-TOLERANCE = 1e-4
-# Bytes per weight for the stage-by-stage numbers: one model in fp32 at a time, and room for activations and for the
-# largest tensor as it is stored.
-NUMBERS_BYTES_PER_WEIGHT = 5
+# Bytes that loading and one forward pass take, for each byte of the weights.
+MEMORY_FACTOR = 1.3
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ def verify(
 
     Args:
         against: the source it was converted from (folder or Hub id), read with `options`.
-        numbers: with `against`, also compute both sides stage by stage, when memory allows.
+        numbers: also load the model and look at one answer's logits, when memory allows.
 
     Returns:
         one [`Check`] per row; the folder is good when none has `passed` False.
@@ -65,27 +61,32 @@ def verify(
         try:
             checks.append(Check(name, True, check()))
         except (UserError, OSError) as error:
-            checks.append(Check(name, False, " ".join(str(error).split())))
+            checks.append(Check(name, False, reason(error)))
         return bool(checks[-1].passed)
 
     with quiet_transformers(downloads=progress):
         run("files", lambda: _check_files(folder))
-        known = run("config", lambda: _check_config(folder))
-        if not known:
+        if not run("config", lambda: _check_config(folder)):
             return checks
         config, projector = read_hub_config(folder)
-        if projector == forms.DELTA:
+        if projector == DELTA:
             run("code", lambda: _check_code(folder))
         run("generation config", lambda: _check_generation(folder, config))
         run("processor", lambda: _check_processor(folder, config, projector))
-        entries: Entries = {}
-        if run("tensor names and shapes", lambda: _check_names(folder, config, projector, entries)):
-            run("finite values", lambda: _check_finite(entries, progress))
+        weights: Weights = {}
+        if run("tensor names and shapes", lambda: _check_names(folder, config, projector, weights)):
+            run("finite values", lambda: _check_finite(weights, progress))
             if against is not None:
-                plan = make_plan(against, options or Options())
-                same = run("tensors of the source", lambda: _compare_tensors(entries, plan, progress))
-                if same and numbers:
-                    checks += _number_checks(folder, config, projector, plan)
+                source = assemble(against, options or Options())
+                run("tensors of the source", lambda: _compare_tensors(weights, source, progress))
+                source.check_sources_unchanged()
+        if numbers and passed(checks):
+            needed, free = MEMORY_FACTOR * sum(weight.nbytes for weight in weights.values()), available_memory()
+            if needed > free:
+                detail = f"not computed: {format_bytes(needed)} of memory needed, {format_bytes(free)} free"
+                checks.append(Check("numbers", None, detail))
+            else:
+                run("numbers", lambda: _check_numbers(folder, config, projector))
     return checks
 
 
@@ -113,7 +114,7 @@ def _check_config(folder: Path) -> str:
     from modeling_delta_llava.configuration_delta_llava import AUTO_MAP
 
     config, projector = read_hub_config(folder)
-    if projector == forms.DELTA:
+    if projector == DELTA:
         written = read_json(folder / "config.json").get("auto_map") or {}
         wrong = [name for name, target in AUTO_MAP.items() if written.get(name) != target]
         if wrong:
@@ -133,7 +134,7 @@ def _check_generation(folder: Path, config) -> str:
         generation = GenerationConfig.from_pretrained(folder)
         generation.validate(strict=True)
     except (ValueError, OSError, json.JSONDecodeError) as error:
-        raise UserError(f"not valid: {error}") from error
+        raise UserError(f"not valid: {reason(error)}") from error
     if config.image_token_id not in (generation.suppress_tokens or []):
         raise UserError(f"the image token {config.image_token_id} may be generated: add it to suppress_tokens")
     return f"valid, {len(generation.suppress_tokens)} tokens suppressed"
@@ -144,7 +145,7 @@ def _check_processor(folder: Path, config, projector: str) -> str:
 
     from modeling_delta_llava.processing_delta_llava import DeltaLlavaProcessor
 
-    if projector == forms.DELTA:
+    if projector == DELTA:
         processor_class, expected = DeltaLlavaProcessor, config.num_visual_tokens
     else:
         from transformers import LlavaProcessor
@@ -158,7 +159,7 @@ def _check_processor(folder: Path, config, projector: str) -> str:
         inputs = processor(images=Image.new("RGB", (side, side)), text=prompt, return_tensors="pt")
     # Whatever a damaged tokenizer or template raises is a finding of this check.
     except Exception as error:
-        raise UserError(f"cannot be used: {type(error).__name__}: {error}") from error
+        raise UserError(f"cannot be used: {reason(error)}") from error
     count = int((inputs["input_ids"] == config.image_token_id).sum())
     if count != expected:
         raise UserError(
@@ -170,154 +171,81 @@ def _check_processor(folder: Path, config, projector: str) -> str:
     return f"{count} tokens per picture, image token id {config.image_token_id}"
 
 
-def _check_names(folder: Path, config, projector: str, entries: Entries) -> str:
-    """Fills `entries` with what the folder holds."""
-    entries |= hub_entries(folder, config, projector)
-    files = {entry.source.file for entry in entries.values()}
+def _check_names(folder: Path, config, projector: str, weights: Weights) -> str:
+    """Fills `weights` with what the folder holds."""
+    weights |= read_hub_weights(folder, config, projector)[0]
+    files = {weight.file for weight in weights.values()}
     size = sum(path.stat().st_size for path in files)
-    return f"{len(entries)} tensors in {len(files)} file{'s' * (len(files) != 1)}, {format_bytes(size)}"
+    return f"{len(weights)} tensors in {len(files)} file{'s' * (len(files) != 1)}, {format_bytes(size)}"
 
 
-def _check_finite(entries: Entries, progress: bool) -> str:
-    outputs = [OutputTensor(name, e.dtype, e.shape, e.pieces) for name, e in entries.items()]
-    total = sum(output.nbytes for output in outputs)
-    with TensorStream() as stream, progress_bar(total, "scanning", progress) as advance:
-        for output in outputs:
-            for chunk in stream.chunks(output):
-                advance(len(chunk))
-    if stream.nonfinite:
-        name, count = next(iter(stream.nonfinite.items()))
-        raise UserError(f"{len(stream.nonfinite)} tensors with NaN or infinity, first {name!r} ({count} values)")
+def _check_finite(weights: Weights, progress: bool) -> str:
+    found = {}
+    total = sum(weight.nbytes for weight in weights.values())
+    with progress_bar(total, "scanning", progress) as bar:
+        for name, weight in weights.items():
+            if count := count_nonfinite(weight.stored):
+                found[name] = count
+            bar.update(weight.nbytes)
+    if found:
+        name, count = next(iter(found.items()))
+        raise UserError(f"{len(found)} tensors with NaN or infinity, first {name!r} ({count} values)")
     return f"{format_bytes(total)} scanned"
 
 
-# --- against a source ------------------------------------------------------------------------------------------------
-
-
-def _compare_tensors(entries: Entries, plan: Plan, progress: bool) -> str:
-    expected = {plan.names[output.name]: output for output in plan.tensors}
-    if expected.keys() != entries.keys():
-        name = sorted(expected.keys() ^ entries.keys())[0]
+def _compare_tensors(weights: Weights, source: Assembly, progress: bool) -> str:
+    expected = source.weights
+    if expected.keys() != weights.keys():
+        name = sorted(expected.keys() ^ weights.keys())[0]
         raise UserError(f"{name!r} is only in the {'source' if name in expected else 'folder'}")
     changed = []
-    with TensorStream(scan=False) as stream, progress_bar(plan.nbytes, "comparing", progress) as advance:
-        for name, output in expected.items():
-            entry = entries[name]
-            if entry.shape != output.shape:
-                raise UserError(f"{name!r} has shape {entry.shape}, the source gives {output.shape}")
+    with progress_bar(source.nbytes, "comparing", progress) as bar:
+        for name, weight in expected.items():
+            written = weights[name].stored
+            if tuple(written.shape) != weight.shape:
+                raise UserError(f"{name!r} has shape {tuple(written.shape)}, the source gives {weight.shape}")
             # A folder converted with --dtype is compared with the source rounded in the same way.
-            output = OutputTensor(name, entry.dtype, output.shape, output.pieces)
-            if not _same_values(stream, output, entry.pieces[0], advance):
+            if not same_values(replace(weight, dtype=written.dtype).value(), written):
                 changed.append(name)
+            bar.update(weight.nbytes)
     if changed:
         raise UserError(f"{len(changed)} of {len(expected)} tensors differ, first {changed[0]!r}")
     return f"{len(expected)} tensors equal, byte for byte"
 
 
-def _same_values(stream: TensorStream, output: OutputTensor, span: Span, advance: Callable[[int], object]) -> bool:
-    position = span.stored.offset + span.start * item_size(span.dtype)
-    same = True
-    for chunk in stream.chunks(output):
-        written = bytearray(len(chunk))
-        stream.read_into(span.stored.file, position, memoryview(written))
-        same = same and written == chunk
-        position += len(chunk)
-        advance(len(chunk))
-    return same
-
-
-def available_memory() -> int:
-    """Bytes of memory that can be used without swapping."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _number_checks(folder: Path, config, projector: str, plan: Plan) -> list[Check]:
-    """Both sides computed in fp32 on one picture and prompt, one after the other."""
-    needed = sum(output.nbytes // item_size(output.dtype) for output in plan.tensors) * NUMBERS_BYTES_PER_WEIGHT
-    free = available_memory()
-    if needed > free:
-        detail = f"not computed: {format_bytes(needed)} of memory needed, {format_bytes(free)} free"
-        return [Check("numbers", None, detail)]
-    import torch
-
-    from modeling_delta_llava.conversion.reference import reference_stages
-
-    generator = torch.Generator().manual_seed(0)
-    side = config.vision_config.image_size
-    pixel_values = torch.randn(1, 3, side, side, generator=generator)
-    before, after = (torch.randint(0, plan.source_rows, (1, count), generator=generator) for count in (5, 9))
-    for ids in (before, after):
-        ids[ids == config.image_token_id] = 0
-    found = model_stages(folder, config, projector, pixel_values, before, after)
-    with TensorStream(scan=False) as stream:
-        tensors = _reference_tensors(plan, stream)
-        wanted = reference_stages(tensors, config, projector, pixel_values, before, after)
-    checks = []
-    rows = wanted["logits"].shape[-1]
-    new, found["logits"] = found["logits"][..., rows:], found["logits"][..., :rows]
-    for name, reference in wanted.items():
-        difference = float((found[name] - reference).abs().max() / reference.abs().max())
-        checks.append(Check(f"numbers: {name}", difference <= TOLERANCE, f"largest difference {difference:.1e}"))
-    same = found["logits"].argmax(-1) == wanted["logits"].argmax(-1)
-    detail = f"{int(same.sum())} of {same.numel()} equal"
-    checks.append(Check("numbers: most likely tokens", bool(same.all()), detail))
-    if new.numel():
-        lower = bool((new.amax(-1) <= found["logits"].amax(-1)).all())
-        checks.append(
-            Check("numbers: new vocabulary rows", lower, f"{new.shape[-1]} rows never have the largest logit")
-        )
-    return checks
-
-
-def model_stages(folder: Path, config, projector: str, pixel_values, before, after) -> dict:
-    """The same stages as `reference_stages`, from the loaded folder in fp32."""
+def _check_numbers(folder: Path, config, projector: str) -> str:
+    """Loads the model as a user would and looks at its logits on a picture and a prompt."""
     import torch
     from transformers import LlavaForConditionalGeneration
 
     from modeling_delta_llava import DeltaLlavaForConditionalGeneration
 
-    model_class = LlavaForConditionalGeneration if projector == forms.PLAIN else DeltaLlavaForConditionalGeneration
-    model = model_class.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        states = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
-        if projector == forms.PLAIN:
-            stages = {f"tower layer {config.vision_feature_layer}": states[config.vision_feature_layer]}
-        else:
-            layers = config.memory_feature_layers
-            stages = {f"tower layer {layer}": states[config.hidden_state_index(layer)] for layer in layers}
-        visual = model.get_image_features(pixel_values, return_dict=True).pooler_output
-        visual = torch.stack([tokens.reshape(-1, tokens.shape[-1]) for tokens in visual])
-        placeholders = torch.full((1, visual.shape[1]), config.image_token_id)
-        input_ids = torch.cat([before, placeholders, after], 1)
-        logits = model(input_ids=input_ids, pixel_values=pixel_values).logits
-    return stages | {"projector": visual, "logits": logits}
-
-
-def _reference_tensors(plan: Plan, stream: TensorStream) -> dict:
-    """fp32 tensors by training key: read under the source's own keys where it has all of them.
-
-    A stage-2 checkpoint with its tower inside is read as it is, without the key tables; any other source has no
-    training keys for every tensor (a base model, a tower repository, LoRA factors), so its plan is taken back through
-    the tables.
-    """
-
-    inside = plan.record["tower_keys"]
-    if plan.form == forms.STAGE2 and inside:
-        stored = read_checkpoint(plan.folders["SOURCE"]).tensors
-        tensors = {key: stream.load(t).float() for key, t in stored.items() if t.dtype in FLOATING}
-        if inside == "flat":
-            start = "model.vision_tower.vision_tower."
-            tensors = {
-                key.replace(start, start + "vision_model.", 1) if key.startswith(start) else key: tensor
-                for key, tensor in tensors.items()
-            }
-    else:
-        entries = {plan.names[o.name]: Entry(o.dtype, o.shape, o.pieces) for o in plan.tensors}
-        record = plan.record | {"tower_keys": "old", "dropped_tensors": {}, "tied_head_saved": False}
-        outputs = training_tensors(entries, plan.projector, record, plan.source_rows)
-        tensors = {output.name: load_output(output, stream).float() for output in outputs}
-    return tensors
+    model_class = LlavaForConditionalGeneration if projector == PLAIN else DeltaLlavaForConditionalGeneration
+    record = read_record(folder)
+    rows = record["vocabulary_rows"] if record else config.text_config.vocab_size
+    generator = torch.Generator().manual_seed(0)
+    side = config.vision_config.image_size
+    text = torch.randint(0, rows, (1, 14), generator=generator)
+    text[text == config.image_token_id] = 0
+    try:
+        model, loading = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        pixel_values = torch.randn(1, 3, side, side, generator=generator, dtype=torch.float32).to(model.dtype)
+        with torch.no_grad():
+            pictures = model.eval().get_image_features(pixel_values, return_dict=True).pooler_output
+            visual = torch.cat([tokens.flatten(0, -2) for tokens in pictures])
+            placeholders = torch.full((1, visual.shape[0]), config.image_token_id)
+            input_ids = torch.cat([text[:, :5], placeholders, text[:, 5:]], 1)
+            logits = model(input_ids=input_ids, pixel_values=pixel_values).logits
+    # Whatever loading or computing a damaged model raises is a finding of this check.
+    except Exception as error:
+        raise UserError(f"the model cannot be used: {reason(error)}") from error
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise UserError(f"loading leaves {len(missing)} weights at random, the first is {missing[0]!r}")
+    for name, values in (("visual tokens", visual), ("logits", logits)):
+        if not values.isfinite().all():
+            raise UserError(f"the {name} are not finite")
+    known, new = logits[..., :rows], logits[..., rows:]
+    if new.numel() and not bool((new.amax(-1) <= known.amax(-1)).all()):
+        raise UserError("one of the new vocabulary rows has the largest logit")
+    return f"loaded; {visual.shape[0]} visual tokens and {logits.shape[1]} x {logits.shape[2]} logits are finite"

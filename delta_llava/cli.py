@@ -131,10 +131,10 @@ def convert(
     progress: Annotated[bool, typer.Option(help="Show a progress bar on a terminal.")] = True,
 ) -> None:
     """Turn a checkpoint of Delta-LLaVA training into a Hub folder."""
+    from modeling_delta_llava.conversion.assemble import Options
     from modeling_delta_llava.conversion.convert import convert as convert_checkpoint
     from modeling_delta_llava.conversion.convert import preview
-    from modeling_delta_llava.conversion.plan import Options
-    from modeling_delta_llava.conversion.tensors import format_bytes
+    from modeling_delta_llava.folders import format_bytes
 
     options = Options(form, base_model, vision_tower, revision, dtype)
     if dry_run:
@@ -200,7 +200,7 @@ def verify(
     progress: Annotated[bool, typer.Option(help="Show a progress bar on a terminal.")] = True,
 ) -> int:
     """Check a Hub folder: complete, loadable, and equal to its source. Exits with 1 if anything differs."""
-    from modeling_delta_llava.conversion.plan import Options
+    from modeling_delta_llava.conversion.assemble import Options
     from modeling_delta_llava.conversion.verify import passed
     from modeling_delta_llava.conversion.verify import verify as verify_folder
 

@@ -25,3 +25,8 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object: copy or download it again")
     return value
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Writes a JSON file with sorted keys, as every one of ours is written."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

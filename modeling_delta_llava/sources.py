@@ -1,24 +1,85 @@
-"""Brings a checkpoint to this machine: a folder as it is, a Hub id by downloading only the files that are needed."""
+"""Folders that commands read: a path as it is, a Hub id by downloading only the files that are needed."""
 
 import glob
 import re
 from pathlib import Path
 
-from delta_llava.errors import UserError
-from modeling_delta_llava.conversion.checkpoints import file_inside, read_weight_map, require_folder
-from modeling_delta_llava.conversion.tensors import format_bytes
-from modeling_delta_llava.conversion.workspace import free_bytes
+from delta_llava.errors import UserError, reason
+
+from .folders import format_bytes, free_bytes
+from .json_files import read_json
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
 # Beside weights in repositories, and never read here.
 _IGNORED = ["*.msgpack", "*.h5", "*.onnx", "onnx/*", "*.gguf", "*.md", "global_step*", "optimizer*", "scheduler*"]
 _SMALL_WEIGHTS = ["mm_projector.bin", "non_lora_trainables.bin", "adapter_model.safetensors", "adapter_model.bin"]
+# Seconds that the Hub may take to say what a repository holds.
+_ANSWER_TIME = 30
+
+
+def require_folder(path: Path, role: str) -> Path:
+    """`path` if it is a folder.
+
+    Raises:
+        UserError: it does not exist or is a file; `role` names it in the message (`SOURCE`).
+    """
+    try:
+        if path.is_dir():
+            return path
+        if not path.exists():
+            raise UserError(f"{role} {path} does not exist: give a folder or a Hub id such as organisation/name")
+    except OSError as error:
+        raise UserError(f"{role} {path} cannot be read ({reason(error)}): give another folder") from error
+    raise UserError(f"{role} {path} is a file: give the folder that holds it")
+
+
+def file_inside(folder: Path, name: str, why: str) -> Path:
+    """`folder/name`, if that stays inside the folder.
+
+    A link may point out of the folder only in the Hub's own cache, where every file of a snapshot is a link to
+    `blobs` beside it.
+
+    Raises:
+        UserError: the name or a link leaves the folder. `why` says who asked for the file.
+    """
+    parts = Path(name).parts if isinstance(name, str) and name.isprintable() else ()
+    if not parts or ".." in parts or Path(name).is_absolute():
+        raise UserError(f"{why} names {str(name)[:120]!r}, which leaves {folder}: refused")
+    path = folder / name
+    root = folder.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+        allowed.append(root.parent.parent / "blobs")
+    try:
+        target = path.resolve(strict=path.is_symlink())
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} is a link that leads nowhere ({reason(error)}): copy the file there") from error
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise UserError(f"{path} is a link that leaves {folder} (to {target}): refused; copy the file into the folder")
+    return path
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Which file holds each tensor, from `*.index.json`; the files need not be there.
+
+    Raises:
+        UserError: it is damaged, or a name in it leaves its folder.
+    """
+    weight_map = read_json(file_inside(index.parent, index.name, str(index.parent))).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map: save the checkpoint again")
+    odd = next((key for key, name in weight_map.items() if not isinstance(name, str)), None)
+    if odd is not None:
+        raise UserError(f"{index} names no file for tensor {odd!r}: save the checkpoint again")
+    for name in dict.fromkeys(weight_map.values()):
+        file_inside(index.parent, name, str(index))
+    return weight_map
 
 
 def is_hub_id(name: str) -> bool:
     """Whether a name that is no existing path looks like `organisation/name` on the Hub."""
-    return not Path(name).exists() and _HUB_ID.fullmatch(name) is not None
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
 def local_folder(name: str, role: str, revision: str | None = None, weights: bool = True) -> Path:
@@ -35,7 +96,7 @@ def local_folder(name: str, role: str, revision: str | None = None, weights: boo
     if not is_hub_id(name):
         if revision is not None:
             raise UserError(f"--revision {revision} needs {role} to be a Hub id, and {name} is a path")
-        return _checked_links(require_folder(Path(name), role), role)
+        return _checked_links(require_folder(Path(name).expanduser(), role), role)
     folder = _download(name, role, revision, _SMALL_FILES + (_SMALL_WEIGHTS if weights else []))
     if weights and not any((folder / file).exists() for file in (*_SMALL_WEIGHTS, "adapter_config.json")):
         for patterns in (_safetensors_patterns(folder), ["pytorch_model*.bin"]):
@@ -81,17 +142,17 @@ def _download(name: str, role: str, revision: str | None, patterns: list[str]) -
     except UserError:
         raise
     except GatedRepoError:
-        reason = "access must be asked for on its page, then log in with `hf auth login`"
+        why = "access must be asked for on its page, then log in with `hf auth login`"
     except RepositoryNotFoundError:
-        reason = "no such folder here and no such repository on the Hub (or it is private: `hf auth login`)"
+        why = "no such folder here and no such repository on the Hub (or it is private: `hf auth login`)"
     except RevisionNotFoundError:
-        reason = f"it has no revision {revision!r}"
+        why = f"it has no revision {revision!r}"
     except LocalEntryNotFoundError:
-        reason = "the Hub cannot be reached and it is not in the cache: download it first or give a folder"
+        why = "the Hub cannot be reached and it is not in the cache: download it first or give a folder"
     # The client's HTTP library, and with it the class of a broken connection, differs between its releases.
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise UserError(f"{role} {name} cannot be downloaded: {reason}")
+        why = reason(error)
+    raise UserError(f"{role} {name} cannot be downloaded: {why}")
 
 
 def _check_cache_space(name: str, role: str, revision: str | None, patterns: list[str]) -> None:
@@ -100,7 +161,7 @@ def _check_cache_space(name: str, role: str, revision: str | None, patterns: lis
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.utils import filter_repo_objects
 
-    info = HfApi().model_info(name, revision=revision, files_metadata=True)
+    info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=_ANSWER_TIME)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     wanted = filter_repo_objects(sizes, allow_patterns=patterns, ignore_patterns=_IGNORED)
     needed = sum(

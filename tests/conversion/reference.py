@@ -1,17 +1,20 @@
 """What a training checkpoint computes, from its own keys and without the key tables.
 
-A second, plain path through the released computation, for `verify --against` and for tests: if a table swapped two
-tensors of one shape, the model would load and this would disagree.
+A second, plain path through the released computation: if a table swapped two tensors of one shape, the model would
+load and this would disagree.
 """
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modeling_delta_llava.conversion.forms import PLAIN
+from modeling_delta_llava.conversion.assemble import tower_form
+from modeling_delta_llava.conversion.export import read_hub_config
+from modeling_delta_llava.conversion.source import PLAIN, read_checkpoint
 
 
 def delta_projection(weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
@@ -199,3 +202,51 @@ def _load(model: torch.nn.Module, tensors: dict[str, Tensor], missing_allowed: t
     if wrong:
         raise ValueError(f"reference model does not take {wrong[:3]}")
     model.tie_weights()
+
+
+def model_stages(folder: Path, config, projector: str, pixel_values: Tensor, before: Tensor, after: Tensor) -> dict:
+    """The same stages as [`reference_stages`], from a Hub folder loaded in fp32."""
+    from transformers import LlavaForConditionalGeneration
+
+    from modeling_delta_llava import DeltaLlavaForConditionalGeneration
+
+    model_class = LlavaForConditionalGeneration if projector == PLAIN else DeltaLlavaForConditionalGeneration
+    model = model_class.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        states = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+        if projector == PLAIN:
+            stages = {f"tower layer {config.vision_feature_layer}": states[config.vision_feature_layer]}
+        else:
+            layers = config.memory_feature_layers
+            stages = {f"tower layer {layer}": states[config.hidden_state_index(layer)] for layer in layers}
+        visual = model.get_image_features(pixel_values, return_dict=True).pooler_output
+        visual = torch.stack([tokens.reshape(-1, tokens.shape[-1]) for tokens in visual])
+        placeholders = torch.full((1, visual.shape[1]), config.image_token_id)
+        logits = model(input_ids=torch.cat([before, placeholders, after], 1), pixel_values=pixel_values).logits
+    return stages | {"projector": visual, "logits": logits}
+
+
+def assert_same_numbers(folder: Path, source: Path) -> None:
+    """A Hub folder computes what its source, a stage-2 checkpoint with its tower inside, does: within 1e-4 in fp32."""
+    config, projector = read_hub_config(folder)
+    tensors = {key: tensor.float() for key, tensor in read_checkpoint(source).tensors.items()}
+    start = "model.vision_tower.vision_tower."
+    if tower_form(tensors) == "flat":
+        tensors = {
+            f"{start}vision_model.{key.removeprefix(start)}" if key.startswith(start) else key: tensor
+            for key, tensor in tensors.items()
+        }
+    generator = torch.Generator().manual_seed(0)
+    side, rows = config.vision_config.image_size, tensors["model.embed_tokens.weight"].shape[0]
+    pixel_values = torch.randn(1, 3, side, side, generator=generator)
+    before, after = (torch.randint(0, rows, (1, count), generator=generator) for count in (5, 9))
+    for ids in (before, after):
+        ids[ids == config.image_token_id] = 0
+    found = model_stages(folder, config, projector, pixel_values, before, after)
+    wanted = reference_stages(tensors, config, projector, pixel_values, before, after)
+    new, found["logits"] = found["logits"][..., rows:], found["logits"][..., :rows]
+    for name, expected in wanted.items():
+        difference = float((found[name] - expected).abs().max() / expected.abs().max())
+        assert difference <= 1e-4, (name, difference)
+    assert torch.equal(found["logits"].argmax(-1), wanted["logits"].argmax(-1))
+    assert not new.numel() or (new.amax(-1) <= found["logits"].amax(-1)).all()
