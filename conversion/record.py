@@ -105,21 +105,23 @@ def _problem(record: dict) -> str | None:
     if not isinstance(record.get("training_config"), dict):
         return "has no training_config"
     if type(rows) is not int or rows < 1:
-        return f"has vocabulary_rows {str(rows)[:40]!r}"
+        return f"has vocabulary_rows {repr(rows)[:40]}"
     if "tower_keys" not in record or record["tower_keys"] not in (None, *TOWER_ROWS):
-        return f"has tower_keys {str(record.get('tower_keys'))[:40]!r}"
+        return f"has tower_keys {repr(record.get('tower_keys'))[:40]}"
     if not isinstance(record.get("tied_head_saved"), bool):
-        return f"has tied_head_saved {str(record.get('tied_head_saved'))[:40]!r}"
+        return f"has tied_head_saved {repr(record.get('tied_head_saved'))[:40]}"
     if not isinstance(dropped, dict):
         return "has no dropped_tensors"
     for key, stored in dropped.items():
         if is_dropped(key) is None:
             return f"keeps {key[:120]!r}, a tensor that conversion never leaves out"
         try:
-            shape, size = stored["shape"], DTYPES[stored["dtype"]].itemsize
+            dtype, shape = DTYPES.get(stored["dtype"]), stored["shape"]
             data = base64.b64decode(stored["base64"], validate=True)
-            if not all(type(n) is int and n > 0 for n in shape) or math.prod(shape) * size != len(data):
-                return f"keeps {len(data)} bytes of {key!r}, which are no {stored['dtype']} of shape {str(shape)[:80]}"
+            whole = dtype is not None and all(type(n) is int and n > 0 for n in shape)
+            if not whole or math.prod(shape) * dtype.itemsize != len(data):
+                kind = f"{str(stored['dtype'])[:20]!r} of shape {str(shape)[:80]}"
+                return f"keeps {len(data)} bytes of {key!r}, which are no {kind}"
         except (KeyError, TypeError, ValueError) as error:
             return f"keeps {key!r} in no readable way ({type(error).__name__})"
     return None

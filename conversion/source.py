@@ -5,7 +5,9 @@ out, and go again when memory is short.
 """
 
 import os
+import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -41,7 +43,7 @@ MOST_PICKLE_BYTES = 16_000_000
 MOST_RECORD_BYTES = 64_000
 
 # How torch names what its unpickler refuses.
-_FOREIGN_NAME = re.compile(r"(?:GLOBAL|[Gg]lobal|class|function|module) ([A-Za-z_]\w*(?:\.\w+)+)")
+_FOREIGN_NAME = re.compile(r"GLOBAL (\S+)")
 ZERO3_HINT = (
     "ZeRO-3 saved its partitions without gathering them: run "
     "`python zero_to_fp32.py CHECKPOINT OUTPUT` in the training output (DeepSpeed wrote the script there) "
@@ -130,7 +132,8 @@ def read_weight_file(path: Path) -> dict[str, Tensor]:
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({reason(error)}): check its permissions and its disk") from error
+        why = error.strerror or reason(error)
+        raise UserError(f"{path} cannot be read ({why}): check its permissions and its disk") from error
     # The libraries answer damage with errors of many classes: safetensors' own, RuntimeError, EOFError, KeyError, ...
     except Exception as error:
         raise UserError(f"{path} is truncated or damaged ({reason(error)}): download or save it again") from error
@@ -152,12 +155,14 @@ def _read_torch(path: Path, zipped: bool) -> dict[str, Tensor]:
         raise UserError(f"{path} is in the layout before torch 1.6, which is read whole, and larger than the memory")
     try:
         # Only the layout since torch 1.6, a zip archive, can be mapped.
-        content = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
-    # The unpickler's own class of error, and what a damaged pickle makes any operation of it raise.
-    except Exception as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old protocols and types of storage
+            content = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+    except pickle.UnpicklingError as error:
+        # Its text tells the reader how to run the pickle all the same.
         named = _FOREIGN_NAME.search(str(error))
         if named is None:
-            raise
+            raise UserError(f"{path} holds a damaged pickle, or more than tensors: save a plain state dict") from error
         raise UserError(
             f"{path} is refused: its pickle asks for {named[1][:120]}, which weights never need; "
             "get the file from a source you trust, as safetensors"
@@ -172,7 +177,7 @@ def _read_torch(path: Path, zipped: bool) -> dict[str, Tensor]:
     for key, value in dict.items(content):
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise UserError(f"{path} holds {str(key)[:120]!r}, which is not a tensor: save a plain state dict")
-        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+        if value.layout != torch.strided or value.is_nested or value.is_quantized or value.device.type != "cpu":
             raise UserError(f"{path} holds {key[:120]!r}, which is no dense tensor: save the model in 16 or 32 bit")
         tensors[key] = value.detach()
     return tensors
@@ -336,6 +341,8 @@ def open_source(folder: Path, form: str | None = None) -> Source:
         )
     if form is None and not whole:
         form = LORA if adapter else STAGE1 if (folder / PROJECTOR_FILE).exists() else None
+    if form == LORA and not (folder / "adapter_config.json").exists():
+        raise UserError(f"{folder} lacks adapter_config.json: copy the one that training wrote there")
     if form == LORA:
         weights = _single_file(folder, ADAPTER_FILES)
     elif form == STAGE1:

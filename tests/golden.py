@@ -13,7 +13,7 @@ from PIL import Image
 
 from modeling_delta_llava.building import build_image_processor, read_chat_template
 from modeling_delta_llava.configuration_delta_llava import DeltaLlavaConfig
-from modeling_delta_llava.conversion.keys import PROJECTOR_RULES, rename
+from modeling_delta_llava.conversion.tables import DELTA_ROWS, rename
 from modeling_delta_llava.projector_delta_llava import DeltaLlavaProjector
 from modeling_delta_llava.tokenization import sentencepiece_tokenizer
 from tests.tiny import TOWERS
@@ -34,7 +34,7 @@ def golden_weights(text_width: int) -> dict[str, torch.Tensor]:
     """The training tensors of the reference run, under our names."""
     shapes = projector_shapes(TrainingLayout.released_projector(text_hidden_size=text_width))
     generator = np.random.RandomState(20260101)
-    names = rename([f"model.mm_projector.{name}" for name in shapes], PROJECTOR_RULES).names
+    names = rename([f"model.mm_projector.{name}" for name in shapes], DELTA_ROWS, "the reference values")[0]
     weights = {}
     for name in sorted(shapes):
         values = generator.standard_normal(size=shapes[name]).astype(np.float32)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from delta_llava.errors import UserError
-from modeling_delta_llava.conversion import sources as sources_module
+from modeling_delta_llava import sources as sources_module
 from modeling_delta_llava.conversion.export import export
 from modeling_delta_llava.conversion.record import RECORD_FILE, TRAINING_FOLDER
 from tests.conversion.conftest import assert_same_tensors, change_json, read_tensors
@@ -150,16 +150,16 @@ def test_the_training_folder_of_a_hub_snapshot_is_followed(hub, tmp_path):
 
 
 def test_a_source_file_that_may_not_be_read_while_writing(stage2, refused, monkeypatch):
-    copy = shutil.copyfile
+    read = Path.read_bytes
 
-    def refuse(source, target):
-        if source == stage2 / "tokenizer.model":
-            raise PermissionError(errno.EACCES, "Permission denied", str(source))
-        copy(source, target)
+    def refuse(self):
+        if self == stage2 / "special_tokens_map.json":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return read(self)
 
-    monkeypatch.setattr(shutil, "copyfile", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     line = refused(stage2)
-    assert f"{stage2 / 'tokenizer.model'} cannot be read (Permission denied)" in line
+    assert f"{stage2 / 'special_tokens_map.json'} cannot be read (Permission denied)" in line
     assert "OUTPUT" not in line
 
 

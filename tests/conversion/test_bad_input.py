@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from delta_llava.cli import main
-from delta_llava.errors import UserError
-from modeling_delta_llava.conversion import workspace, writer
-from modeling_delta_llava.conversion.workspace import transaction
+from modeling_delta_llava import folders
+from modeling_delta_llava.conversion import write
 from tests.conversion.conftest import LAYOUT, assert_same_tensors, change_json, read_tensors
 from tests.training_layout import (
     TrainingLayout,
@@ -65,7 +64,7 @@ def test_corrupt_header(stage2, refused):
     data = bytearray(path.read_bytes())
     data[10:20] = b"\x00" * 10
     path.write_bytes(data)
-    assert "corrupt header" in refused(stage2)
+    assert "truncated or damaged" in refused(stage2)
 
 
 def test_truncated_bin(tmp_path, refused):
@@ -136,7 +135,7 @@ def test_nonfinite_weights(stage2, refused, key, value, tmp_path, capsys):
     for name in SHARDS:
         change_shard(stage2, name, poison)
     line = refused(stage2)
-    assert "1 NaN or infinite value in F32" in line
+    assert "1 NaN or infinite value in float32" in line
     assert "--allow-nonfinite" in line
     assert main(["convert", str(stage2), str(tmp_path / "output"), "--allow-nonfinite", "--no-progress"]) == 0
     assert "warning:" in capsys.readouterr().err
@@ -151,7 +150,7 @@ def test_values_too_large_for_float16(stage2, refused):
     for name in SHARDS:
         change_shard(stage2, name, enlarge)
     line = refused(stage2, "--dtype", "float16")
-    assert "infinite values in F16" in line
+    assert "infinite values in float16" in line
     assert "--dtype" in line
 
 
@@ -201,6 +200,20 @@ def test_adapter_of_another_base(sources, tmp_path, refused):
     assert "trained on" in line
 
 
+def test_an_adapter_beside_whole_weights(stage2, sources, tmp_path, capsys):
+    """Never left out in silence: the user says which is meant, or is told."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(sources / "lora" / name, stage2 / name)
+    base = ["--base-model", str(sources / "base"), "--no-progress"]
+    assert main(["convert", str(stage2), str(tmp_path / "output"), *base]) == 2
+    assert "whole weights and an adapter (adapter_config.json): say which with --form" in capsys.readouterr().err
+    assert main(["convert", str(stage2), str(tmp_path / "output"), "--form", "stage2", "--no-progress"]) == 0
+    assert "adapter_config.json is not used" in capsys.readouterr().err
+    (stage2 / "non_lora_trainables.bin").write_bytes((sources / "lora" / "non_lora_trainables.bin").read_bytes())
+    assert main(["convert", str(stage2), str(tmp_path / "merged"), "--form", "lora", *base]) == 0
+    assert "6 weights get their LoRA update" in capsys.readouterr().err
+
+
 def test_adapter_with_more_layers_than_the_base(sources, tmp_path, refused):
     write_lora(tmp_path / "lora", TrainingLayout(text_layers=3), tower=sources / "tower")
     line = refused(tmp_path / "lora", "--base-model", str(sources / "base"))
@@ -210,12 +223,21 @@ def test_adapter_with_more_layers_than_the_base(sources, tmp_path, refused):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "use_dora (DoRA)"),
-        ({"peft_type": "IA3"}, "peft_type 'IA3'"),
+        ({"use_dora": True}, "sets use_dora to 'True', which is no plain LoRA"),
+        ({"peft_type": "IA3"}, "peft_type to 'IA3'"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights to 'pissa'"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens to '[1, 2]'"),
+        ({"arrow_config": {"top_k": 2}}, "arrow_config"),
+        ({"trainable_token_indices": [5]}, "trainable_token_indices"),
+        ({"a_setting_of_tomorrow": "on"}, "a_setting_of_tomorrow to 'on'"),
         ({"r": 5}, "rank 4"),
-        ({"lora_alpha": None}, "states no r and lora_alpha"),
+        ({"r": True}, "states no usable r"),
+        ({"lora_alpha": None}, "states no usable r and lora_alpha"),
+        ({"lora_alpha": 10**400}, "states no usable r and lora_alpha"),
+        ({"lora_alpha": float("nan")}, "states no usable r and lora_alpha"),
+        ({"alpha_pattern": {"([a-z._0-9]+)+!": 3}}, "unusable alpha_pattern"),
+        ({"rank_pattern": {".*.*.*.*.*.*.*x": 3}}, "unusable rank_pattern"),
     ],
 )
 def test_adapters_that_are_no_plain_lora(sources, tmp_path, refused, changes, message):
@@ -470,7 +492,7 @@ def test_preprocessor_settings_that_make_no_processor(tmp_path, refused):
     assert "preprocessor_config.json makes no image processor" in refused(tmp_path / "source")
 
 
-@pytest.mark.parametrize("pattern", [{"(": 3}, ["q_proj"]])
+@pytest.mark.parametrize("pattern", [{"(": 3}, {"*": 3}, ["q_proj"]])
 def test_an_alpha_pattern_that_is_none(sources, tmp_path, refused, pattern):
     write_lora(tmp_path / "lora", LAYOUT, tower=sources / "tower")
     change_json(tmp_path / "lora" / "adapter_config.json", alpha_pattern=pattern)
@@ -594,7 +616,7 @@ def test_output_is_a_file_or_below_one(stage2, tmp_path, refused):
 
 
 def test_no_space(stage2, refused, monkeypatch):
-    monkeypatch.setattr(workspace, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(folders, "free_bytes", lambda path: 1000)
     line = refused(stage2)
     assert "no space" in line
     assert "1.0 kB free" in line
@@ -602,14 +624,10 @@ def test_no_space(stage2, refused, monkeypatch):
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_the_disk_fills_up_on_the_way(stage2, refused, monkeypatch, code):
-    write = writer._write_all
+    def fill(*_arguments):
+        raise OSError(code, os.strerror(code))
 
-    def fill(descriptor, data):
-        if len(data) > 20_000:
-            raise OSError(code, os.strerror(code))
-        write(descriptor, data)
-
-    monkeypatch.setattr(writer, "_write_all", fill)
+    monkeypatch.setattr(write, "save", fill)
     assert "is full" in refused(stage2)
 
 
@@ -622,24 +640,12 @@ def test_permission_is_lost_on_the_way(stage2, refused, monkeypatch, tmp_path):
     make = Path.mkdir
 
     def refuse(self, *arguments, **options):
-        if ".building-" in self.name:
+        if self.name == "new":
             raise PermissionError(errno.EACCES, "Permission denied", str(self))
         make(self, *arguments, **options)
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    assert "no permission to write" in refused(stage2, output=tmp_path / "new" / "parents" / "output")
-
-
-def test_output_that_appears_meanwhile_is_left_alone(tmp_path):
-    def build():
-        with transaction(tmp_path / "output") as building:
-            (building / "config.json").write_text("{}")
-            (tmp_path / "output").mkdir()
-            (tmp_path / "output" / "mine").write_text("x")
-
-    with pytest.raises(UserError, match="appeared meanwhile"):
-        build()
-    assert [path.name for path in tmp_path.rglob("*")] == ["output", "mine"]
+    assert "no permission to use" in refused(stage2, output=tmp_path / "fresh" / "parents" / "output")
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_an_index_on_the_hub_that_names_files_elsewhere(hub, run, tmp_path):
 def test_no_space_for_the_download(hub, run, tmp_path):
     write_stage2(tmp_path / "source", LAYOUT)
     upload(hub, "someone/delta", tmp_path / "source")
-    full = "from modeling_delta_llava.conversion import sources; sources.free_bytes = lambda path: 100_000"
+    full = "from modeling_delta_llava import sources; sources.free_bytes = lambda path: 100_000"
     done = run("convert", "someone/delta", "hub", first=full)
     assert done.returncode == 2
     assert "error: no space to download SOURCE someone/delta" in done.stderr
