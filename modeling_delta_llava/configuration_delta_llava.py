@@ -58,11 +58,7 @@ def require_transformers(release: str, purpose: str, error: type[Exception] = Va
 
 
 def check_transformers():
-    """Refuses releases of transformers below the tested range, and warns about those above it, once.
-
-    Raises:
-        ImportError: the running transformers is too old.
-    """
+    """Refuses releases of transformers below the tested range with an ImportError, and warns once of those above."""
     require_transformers(OLDEST_TRANSFORMERS, "Delta-LLaVA", ImportError)
     if Version(transformers.__version__) >= Version(UNTESTED_TRANSFORMERS):
         logger.warning_once(

@@ -107,9 +107,10 @@ def test_impossible_settings_say_what_is_possible(fields, message):
         tiny_config(**fields)
 
 
-def test_wrong_types_are_refused():
+@pytest.mark.parametrize("budget", ["4", [4], 4.0, True, b"4"], ids=repr)
+def test_wrong_types_are_refused(budget):
     with pytest.raises(Exception, match="num_visual_tokens"):
-        tiny_config(num_visual_tokens="36")
+        tiny_config(num_visual_tokens=budget)
 
 
 @pytest.mark.parametrize(
