@@ -1,11 +1,15 @@
 """The projector at every budget against the released computation, in one process: forward passes in inference.
 
+The released computation is rendered by `released_projector.py`; `--authors` takes the authors' own class instead.
+
 Both have the same weights and take turns; a ratio is the median over rounds of the ratio within a round.
 """
 
 import copy
+from pathlib import Path
 
 import torch
+from authors_projector import AuthorsProjector
 from common import machine, measure, median_ms, parser, print_table, ratio, start, write_result
 from released_projector import ReleasedProjector
 
@@ -65,6 +69,10 @@ def main():
     arguments_parser.add_argument("--budgets", nargs="+", type=int, default=None, help="[every legal one]")
     arguments_parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4])
     arguments_parser.add_argument("--text-hidden-size", type=int, default=4096, help="width of the language model")
+    arguments_parser.add_argument(
+        "--authors", type=Path, help="checkout of github.com/mzamini92/Delta-LLaVA; needs timm and einops"
+    )
+    arguments_parser.add_argument("--notes", default=None, help="what a reader of the result file should know")
     arguments = arguments_parser.parse_args()
     device = start(arguments)
     about = machine(device)
@@ -76,17 +84,21 @@ def main():
     for dtype_name in arguments.dtypes:
         dtype = DTYPES[dtype_name]
         projector = copy.deepcopy(full_precision).to(dtype)
-        released = ReleasedProjector(projector).eval()
+        if arguments.authors is None:
+            released = ReleasedProjector(projector).eval()
+        else:
+            scales = [config.scale_factor(budget) for budget in budgets]
+            released = AuthorsProjector(arguments.authors, projector, scales).eval()
         for batch_size in arguments.batch_sizes:
             inputs = random_streams(config, batch_size, device, dtype)
             measured = rows_of(projector, released, inputs, budgets, config, device, rounds)
             rows += [{"dtype": dtype_name, **row} for row in measured]
     write_result(arguments, device, about, {"rows": rows})
     print_table(
-        ["dtype", "batch", "V", "released ms", "ours ms", "released / ours"],
+        ["dtype", "batch", "V", "released ms", "ours ms", "released / ours", "relative error"],
         [
             [row["dtype"], row["batch_size"], row["num_visual_tokens"], *row["median_ms"].values(),
-             row["released_over_ours"]]
+             row["released_over_ours"], f"{row['relative_error']:.1e}"]
             for row in rows
         ],
     )  # fmt: skip

@@ -13,6 +13,7 @@ from modeling_delta_llava.projector_delta_llava import (
     DeltaLlavaProjection,
     DeltaLlavaProjector,
     DeltaLlavaTransformerBlock,
+    position_table,
 )
 
 
@@ -83,7 +84,7 @@ class ReleasedProjector(nn.Module):
             self.attention.in_proj_bias.copy_(torch.cat([part.bias for part in parts]))
             self.attention.out_proj.weight.copy_(ours.out_proj.weight)
             self.attention.out_proj.bias.copy_(ours.out_proj.bias)
-        table = projector.positions(self.side, device).to(dtype)
+        table = position_table(self.side, self.side, projector.query_projection.base.in_features, device).to(dtype)
         self.register_buffer("position_table", table, persistent=False)
 
     def resized_positions(self, side: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import copy
 import math
 import operator
+import reprlib
 from typing import Literal
 
 import transformers
@@ -57,11 +58,7 @@ def require_transformers(release: str, purpose: str, error: type[Exception] = Va
 
 
 def check_transformers():
-    """Refuses releases of transformers below the tested range, and warns about those above it, once.
-
-    Raises:
-        ImportError: the running transformers is too old.
-    """
+    """Refuses releases of transformers below the tested range with an ImportError, and warns once of those above."""
     require_transformers(OLDEST_TRANSFORMERS, "Delta-LLaVA", ImportError)
     if Version(transformers.__version__) >= Version(UNTESTED_TRANSFORMERS):
         logger.warning_once(
@@ -74,23 +71,8 @@ check_transformers()
 
 
 def legal_visual_tokens(grid_size: int) -> list[int]:
-    """The visual-token budgets `(grid_size / s)**2` over all divisors `s` of the patch grid, largest first."""
+    """The visual-token budgets `(grid_size / s)**2` over all divisors `s` of the patch grid, largest first (Eq. 5)."""
     return [(grid_size // scale) ** 2 for scale in range(1, grid_size + 1) if grid_size % scale == 0]
-
-
-def scale_factor(num_visual_tokens: int, grid_size: int) -> int:
-    """Side of the square of patches that one visual token reads, `s = grid_size / sqrt(num_visual_tokens)` (Eq. 5).
-
-    Raises:
-        ValueError: if the budget is not one of [`legal_visual_tokens`] of the grid.
-    """
-    side = math.isqrt(max(num_visual_tokens, 0))
-    if side == 0 or side**2 != num_visual_tokens or grid_size % side:
-        raise ValueError(
-            f"num_visual_tokens={num_visual_tokens} is not possible on a {grid_size} x {grid_size} patch grid; "
-            f"choose one of {legal_visual_tokens(grid_size)}"
-        )
-    return grid_size // side
 
 
 def image_budgets(num_visual_tokens, num_images: int, grid_size: int) -> int | list[int]:
@@ -100,22 +82,24 @@ def image_budgets(num_visual_tokens, num_images: int, grid_size: int) -> int | l
         num_visual_tokens (`int`, or `list[int]`, array or tensor of shape `(num_images,)`): what was asked for.
 
     Raises:
-        ValueError: for a budget that the patch grid does not allow, or another number of budgets than of images.
+        ValueError: for anything else, with the budgets that the patch grid allows.
     """
-    if isinstance(num_visual_tokens, int):
-        scale_factor(num_visual_tokens, grid_size)
-        return num_visual_tokens
+    legal = legal_visual_tokens(grid_size)
     asked = num_visual_tokens.tolist() if hasattr(num_visual_tokens, "tolist") else num_visual_tokens
-    if not isinstance(asked, (list, tuple)):
-        asked = [asked] * num_images
+    one_each = isinstance(asked, (list, tuple))
     try:
-        budgets = [operator.index(budget) for budget in asked]
+        # True is no number of tokens.
+        budgets = [
+            0 if isinstance(value, bool) else operator.index(value) for value in (asked if one_each else [asked])
+        ]
     except TypeError:
-        raise ValueError(f"num_visual_tokens={num_visual_tokens} is no whole number, and no list of them") from None
-    if len(budgets) != num_images:
-        raise ValueError(f"num_visual_tokens has {len(budgets)} entries for {num_images} images: give one per image")
-    for budget in dict.fromkeys(budgets):
-        scale_factor(budget, grid_size)
+        budgets = [0]
+    if any(budget not in legal for budget in budgets) or (one_each and len(budgets) != num_images):
+        each = f", or a list with one of them for each of {num_images} image(s)" if one_each else ""
+        raise ValueError(
+            f"num_visual_tokens={reprlib.repr(asked)} is not possible on a {grid_size} x {grid_size} patch grid; "
+            f"choose one of {legal}{each}"
+        )
     return budgets[0] if len(set(budgets)) == 1 else budgets
 
 
@@ -126,50 +110,46 @@ class DeltaLlavaConfig(transformers.PreTrainedConfig):
     (CLIP-ViT-L/14-336) they reproduce the released architecture.
 
     Args:
-        vision_config (`PreTrainedConfig` or `dict`, *optional*, defaults to CLIP-ViT-L/14-336):
+        vision_config (`PreTrainedConfig` or `dict`, defaults to CLIP-ViT-L/14-336):
             The vision tower: any vision encoder of transformers with square images and patches.
-        text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to Llama-2-7B geometry, 32001 tokens):
+        text_config (`PreTrainedConfig` or `dict`, defaults to Llama-2-7B geometry, 32001 tokens):
             The language model: any decoder of transformers.
-        image_token_id (`int`, *optional*, defaults to 32000):
+        image_token_id (`int`, defaults to 32000):
             Id of the placeholder that stands for one visual token in `input_ids`.
-        num_visual_tokens (`int`, *optional*):
-            Visual tokens per image when a call does not ask for another budget: `(grid / s)**2` for a divisor `s` of
-            the patch grid. Defaults to the largest legal budget up to 144.
+        num_visual_tokens (`int`, defaults to the largest legal budget up to 144):
+            Visual tokens per image when a call asks for no other budget: `(grid / s)**2`, `s` a divisor of the grid.
         trained_num_visual_tokens (`list[int]`, *optional*):
             The budgets the checkpoint was trained at; the model warns once when it runs at another one.
-        vision_feature_select_strategy (`"default"` or `"full"`, *optional*):
-            `"default"` drops the tower's class token, `"full"` keeps every token (towers without class token).
-        query_feature_layer (`int`, *optional*, defaults to -2):
+        vision_feature_select_strategy (`"default"` or `"full"`, defaults to what the tower needs):
+            `"default"` drops the tower's class token, `"full"` keeps every token.
+        query_feature_layer (`int`, defaults to -2):
             Index into the tower's hidden states (0 is the embedding output) of the query stream.
-        memory_feature_layers (`list[int]`, *optional*):
-            Indices of the hidden states that are concatenated into the memory stream, in this order. Defaults to
-            1/2 and 2/3 of the depth, the last layer but two and the last but one (12, 16, 22, 23 of 24).
-        projector_hidden_size (`int`, *optional*):
-            Width C of the projector. Defaults to the tower's width.
-        projector_num_attention_heads (`int`, *optional*):
-            Heads of the windowed cross-attention. Defaults to heads of 128 channels.
-        block_head_dim (`int`, *optional*):
-            Channels per head of EMHSA and per group of MHCA. Defaults to 32 (C / 4 when C is below 128).
-        block_mlp_ratio (`int`, *optional*, defaults to 2):
+        memory_feature_layers (`list[int]`, defaults to 1/2 and 2/3 of the depth, the last but two, the last but one):
+            Indices of the hidden states that are concatenated into the memory stream, in this order.
+        projector_hidden_size (`int`, defaults to the tower's width):
+            Width C of the projector.
+        projector_num_attention_heads (`int`, defaults to C / 128):
+            Heads of the windowed cross-attention.
+        block_head_dim (`int`, defaults to 32, or C / 4 when C is below 128):
+            Channels per head of EMHSA and per group of MHCA.
+        block_mlp_ratio (`int`, defaults to 2):
             Hidden width of the transformer block's MLP over C.
-        mix_ratio (`float`, *optional*, defaults to 0.75):
+        mix_ratio (`float`, defaults to 0.75):
             Share of the transformer block's channels that EMHSA computes; MHCA computes the rest.
-        spatial_reduction (`int`, *optional*, defaults to 1):
+        spatial_reduction (`int`, defaults to 1):
             EMHSA averages keys and values over runs of `spatial_reduction**2` tokens.
-        drop_path_rate (`float`, *optional*, defaults to 0.1):
+        drop_path_rate (`float`, defaults to 0.1):
             Stochastic depth of the transformer block in training.
-        delta_rank (`int`, *optional*, defaults to 16):
+        delta_rank (`int`, defaults to 16):
             Rank of the DeltaProjection update. 0 leaves the base weights alone ("No DeltaProj" of Table 3).
-        use_emhsa (`bool`, *optional*, defaults to `True`):
-            `False` removes the attention branch ("No EMHSA" of Table 3).
-        use_transformer_block (`bool`, *optional*, defaults to `True`):
-            `False` makes the whole transformer block the identity ("No TB" of Table 3).
-        visual_token_scale (`float`, *optional*, defaults to 1.0):
+        use_emhsa, use_transformer_block (`bool`, defaults to `True`):
+            `False` removes the attention branch ("No EMHSA" of Table 3), or the whole transformer block ("No TB").
+        visual_token_scale (`float`, defaults to 1.0):
             Factor on the visual tokens. Gemma language models trained under transformers 4 scaled the whole spliced
             sequence by the root of their width; transformers 5 scales text embeddings alone.
-        initializer_range (`float`, *optional*, defaults to 0.02):
+        initializer_range (`float`, defaults to 0.02):
             Standard deviation of freshly initialised projector matrices.
-        tie_word_embeddings (`bool`, *optional*, defaults to the language model's setting):
+        tie_word_embeddings (`bool`, defaults to the language model's setting):
             Whether the output head shares the input embedding matrix.
 
     Raises:
@@ -180,8 +160,7 @@ class DeltaLlavaConfig(transformers.PreTrainedConfig):
     ```python
     >>> from modeling_delta_llava import DeltaLlavaConfig
 
-    >>> config = DeltaLlavaConfig(num_visual_tokens=36)
-    >>> config.legal_num_visual_tokens
+    >>> DeltaLlavaConfig().legal_num_visual_tokens
     [576, 144, 64, 36, 16, 9, 4, 1]
     ```
     """
@@ -236,17 +215,12 @@ class DeltaLlavaConfig(transformers.PreTrainedConfig):
                     f"vision_config of type {vision.model_type!r} has no integer `{field}`: "
                     "Delta-LLaVA needs a vision encoder with square images and square patches"
                 )
-        if not 0 < vision.patch_size <= vision.image_size:
-            raise ValueError(
-                f"vision_config has image_size={vision.image_size} and patch_size={vision.patch_size}: "
-                "the patch grid would be empty"
-            )
+        if not 0 < (patch_size := vision.patch_size) <= (image_size := vision.image_size):
+            raise ValueError(f"vision_config has {image_size=} and {patch_size=}: the patch grid would be empty")
         if text.is_encoder_decoder or not isinstance(getattr(text, "hidden_size", None), int):
             raise ValueError(f"text_config of type {text.model_type!r} is not a decoder-only language model")
         if text.model_type in DECODERS_WITH_HEAD_BIAS:
-            raise ValueError(
-                f"text_config of type {text.model_type!r} has a biased output head, which is not supported"
-            )
+            raise ValueError(f"text_config of type {text.model_type!r} has a biased output head: it is not supported")
 
     def _follow_tower(self):
         """Fill what was left open from the tower's geometry."""
@@ -269,44 +243,34 @@ class DeltaLlavaConfig(transformers.PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: the projector fits the tower."""
-        depth, channels, head_dim = (
-            self.vision_config.num_hidden_layers,
-            self.projector_hidden_size,
-            self.block_head_dim,
-        )
-        layers = {
-            "query_feature_layer": [self.query_feature_layer],
-            "memory_feature_layers": self.memory_feature_layers,
-        }
-        for name, indices in layers.items():
-            if not indices or any(not -depth - 1 <= index <= depth for index in indices):
+        depth, channels = self.vision_config.num_hidden_layers, self.projector_hidden_size
+        heads, head_dim = self.projector_num_attention_heads, self.block_head_dim
+        for count in [self.num_visual_tokens, *(self.trained_num_visual_tokens or [])]:
+            image_budgets(count, 1, self.grid_size)
+        for name in ("query_feature_layer", "memory_feature_layers"):
+            value = getattr(self, name)
+            layers = [value] if isinstance(value, int) else value
+            if not layers or any(not -depth - 1 <= layer <= depth for layer in layers):
                 raise ValueError(
-                    f"{name}={getattr(self, name)} does not fit a vision tower of {depth} layers: "
+                    f"{name}={value} does not fit a vision tower of {depth} layers: "
                     f"hidden states are numbered 0 (embeddings) to {depth}, or -{depth + 1} to -1"
                 )
-        for count in [self.num_visual_tokens, *(self.trained_num_visual_tokens or [])]:
-            scale_factor(count, self.grid_size)
-        if channels < 4 or channels % 4:
-            raise ValueError(
-                f"projector_hidden_size={channels} is not a multiple of 4, as the 2-D position table requires"
-            )
-        if self.projector_num_attention_heads < 1 or channels % self.projector_num_attention_heads:
-            raise ValueError(
-                f"projector_hidden_size={channels} does not split into "
-                f"projector_num_attention_heads={self.projector_num_attention_heads} heads"
-            )
-        if head_dim < 1 or channels % head_dim or not 0 < self.block_attention_size < channels:
-            raise ValueError(
-                f"block_head_dim={head_dim} and mix_ratio={self.mix_ratio} do not split "
-                f"projector_hidden_size={channels} into whole heads for both EMHSA and MHCA"
-            )
-        if self.delta_rank < 0 or self.spatial_reduction < 1 or self.block_mlp_ratio < 1:
-            raise ValueError(
-                f"delta_rank={self.delta_rank} must be at least 0, spatial_reduction={self.spatial_reduction} and "
-                f"block_mlp_ratio={self.block_mlp_ratio} at least 1"
-            )
-        if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate={self.drop_path_rate} is outside [0, 1)")
+        whole_heads = head_dim > 0 and channels % head_dim == 0 and 0 < self.block_attention_size < channels
+        width = f"projector_hidden_size={channels}"
+        for possible, rule in (
+            (channels > 0 and channels % 4 == 0, f"{width} is not a multiple of 4, as the position table requires"),
+            (heads > 0 and channels % heads == 0, f"{width} does not split into {heads} heads of the cross-attention"),
+            (
+                whole_heads,
+                f"{width}, block_head_dim={head_dim} and mix_ratio={self.mix_ratio} give EMHSA or MHCA no whole heads",
+            ),
+            (self.delta_rank >= 0, f"delta_rank={self.delta_rank} is negative"),
+            (self.spatial_reduction > 0, f"spatial_reduction={self.spatial_reduction} is below 1"),
+            (self.block_mlp_ratio > 0, f"block_mlp_ratio={self.block_mlp_ratio} is below 1"),
+            (0 <= self.drop_path_rate < 1, f"drop_path_rate={self.drop_path_rate} is outside [0, 1)"),
+        ):
+            if not possible:
+                raise ValueError(rule)
 
     @property
     def grid_size(self) -> int:
@@ -330,17 +294,13 @@ class DeltaLlavaConfig(transformers.PreTrainedConfig):
 
     def scale_factor(self, num_visual_tokens: int | None = None) -> int:
         """Side `s` of the patch window of one visual token at a budget (by default the config's own)."""
-        return scale_factor(self.num_visual_tokens if num_visual_tokens is None else num_visual_tokens, self.grid_size)
+        budget = self.num_visual_tokens if num_visual_tokens is None else num_visual_tokens
+        return self.grid_size // math.isqrt(image_budgets(budget, 1, self.grid_size))
 
     @property
     def num_tower_layers(self) -> int:
         """Layers of the tower up to the highest one that is read."""
         return max(map(self.hidden_state_index, [self.query_feature_layer, *self.memory_feature_layers]))
-
-    def budgets(self, num_visual_tokens, num_images: int) -> int | list[int]:
-        """Checked budgets of a call's images, by default the config's own; see [`image_budgets`]."""
-        asked = self.num_visual_tokens if num_visual_tokens is None else num_visual_tokens
-        return image_budgets(asked, num_images, self.grid_size)
 
     def hidden_state_index(self, layer: int) -> int:
         """A possibly negative layer index as a position among the tower's `num_hidden_layers + 1` hidden states."""
@@ -354,4 +314,4 @@ class DeltaLlavaConfig(transformers.PreTrainedConfig):
 
 DeltaLlavaConfig.register_for_auto_class()
 
-__all__ = ["DeltaLlavaConfig", "legal_visual_tokens", "scale_factor"]
+__all__ = ["DeltaLlavaConfig"]

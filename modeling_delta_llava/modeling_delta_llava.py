@@ -8,7 +8,6 @@ import copy
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
@@ -17,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
-from .configuration_delta_llava import DeltaLlavaConfig, require_transformers
+from .configuration_delta_llava import DeltaLlavaConfig, image_budgets, require_transformers
 from .projector_delta_llava import DeltaLlavaProjection, DeltaLlavaProjector, DeltaLlavaUniformLinear
 
 logger = logging.get_logger(__name__)
@@ -30,11 +29,7 @@ IMAGE_INPUTS = ("pixel_values", "num_visual_tokens", "mm_encoder_outputs")
 
 
 def cache_argument(past_key_values: Cache | None, cache: Cache | None) -> dict[str, Cache]:
-    """A cache that was given under either name, under the running release's; nothing where none was given.
-
-    Raises:
-        ValueError: if it was given under both.
-    """
+    """A cache that was given under either name, under the running release's; an error if under both."""
     if past_key_values is not None and cache is not None:
         raise ValueError(f"past_key_values and cache name the same thing: give {CACHE_NAME} alone")
     given = past_key_values if cache is None else cache
@@ -50,10 +45,7 @@ class DeltaLlavaModelOutputWithPast(BaseModelOutputWithPast):
 
 @dataclass
 class DeltaLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """
-    Output of [`DeltaLlavaForConditionalGeneration`]; `image_hidden_states` are the visual tokens of all images,
-    `(sum of V, D)`.
-    """
+    """Output of [`DeltaLlavaForConditionalGeneration`]; `image_hidden_states` as in the base model's output."""
 
     image_hidden_states: torch.FloatTensor | None = None
 
@@ -116,15 +108,10 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             "AutoModelForImageTextToText.from_pretrained"
         )
 
-    def check_budgets(
-        self, num_visual_tokens: int | list[int] | np.ndarray | torch.Tensor | None, num_images: int
-    ) -> int | list[int]:
-        """The budget of all images, or a list with one for each; legal ones, as integers.
-
-        Raises:
-            ValueError: for a budget that the patch grid does not allow, or another number of them than of images.
-        """
-        budgets = self.config.budgets(num_visual_tokens, num_images)
+    def check_budgets(self, num_visual_tokens, num_images: int) -> int | list[int]:
+        """[`image_budgets`] of a call, by default the config's; warns of those the checkpoint was not trained at."""
+        asked = self.config.num_visual_tokens if num_visual_tokens is None else num_visual_tokens
+        budgets = image_budgets(asked, num_images, self.config.grid_size)
         trained = self.config.trained_num_visual_tokens
         for budget in dict.fromkeys(budgets if isinstance(budgets, list) else [budgets]):
             if trained and budget not in trained and not torch.compiler.is_compiling():
@@ -139,8 +126,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor, BaseModelOutputWithPooling]:
         """Query stream `(B, N, C)`, memory stream `(B, N, M * C)`, and the tower's output."""
         config = self.config
-        kwargs |= {"output_hidden_states": True, "return_dict": True}
-        outputs = self.vision_tower(pixel_values, **kwargs)
+        outputs = self.vision_tower(pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True})
         dtype = self.multi_modal_projector.query_projection.norm.weight.dtype
         # Layers of a tower that is spread over devices meet on the last one's.
         device = outputs.hidden_states[-1].device
@@ -173,7 +159,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`).
             num_visual_tokens (`int`, `list[int]` or `torch.LongTensor` of shape `(images,)`, *optional*):
                 Budget of all images or of each; defaults to the config's. `torch.compile(fullgraph=True)` takes
-                integers: what a tensor holds, and with it the number of tokens, is unknown to it.
+                integers: it does not know what a tensor holds.
 
         Returns:
             `BaseModelOutputWithPooling`: `pooler_output` holds a `(V, D)` tensor for each image, as one tensor
@@ -184,10 +170,8 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             return BaseModelOutputWithPooling(pooler_output=[])
         budgets = self.check_budgets(num_visual_tokens, pixel_values.shape[0])
         query_features, memory_features, outputs = self.get_patch_features(pixel_values, **kwargs)
-        if isinstance(budgets, int):
-            scales = self.config.scale_factor(budgets)
-        else:
-            scales = [self.config.scale_factor(budget) for budget in budgets]
+        scale_factor = self.config.scale_factor
+        scales = scale_factor(budgets) if isinstance(budgets, int) else [scale_factor(budget) for budget in budgets]
         return BaseModelOutputWithPooling(
             last_hidden_state=query_features,
             pooler_output=self.multi_modal_projector(query_features, memory_features, scales),
@@ -331,31 +315,10 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | DeltaLlavaCausalLMOutputWithPast:
         """
-        Arguments as in [`DeltaLlavaModel.forward`], and:
-
-        Args:
+        Args, besides those of [`DeltaLlavaModel.forward`]:
             labels (`torch.LongTensor` of shape `(batch, sequence)`): ids to predict, -100 where nothing is learned.
             logits_to_keep (`int` or `torch.Tensor`): logits of the last positions only (0: all), or of these.
             mm_token_type_ids (`torch.LongTensor`): accepted as the processor may give it, and not needed.
-
-        Example:
-
-        ```python
-        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        >>> model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-        >>> processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-        >>> content = [{"type": "image", "url": "photo.jpg"}, {"type": "text", "text": "What is it?"}]
-        >>> inputs = processor.apply_chat_template(
-        ...     [{"role": "user", "content": content}],
-        ...     add_generation_prompt=True,
-        ...     tokenize=True,
-        ...     return_dict=True,
-        ...     return_tensors="pt",
-        ... )
-        >>> output = model.generate(**inputs, max_new_tokens=30)
-        >>> processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        ```
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -400,9 +363,8 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
             ValueError: if the prompt fills the language model's context, images do not match the prompt, or this
                 release of transformers would lose them.
         """
-        prompt = next(
-            (kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), inputs
-        )
+        prompts = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), inputs)
+        prompt = next((given for given in prompts if given is not None), None)
         self._check_context(prompt)
         kwargs |= cache_argument(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         # A text-only call may say so with None.
@@ -410,22 +372,22 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         if (features := kwargs.get("mm_encoder_outputs", {}).get("image")) is not None:
             # A copy: for beams, transformers repeats the features in the output it is given.
             kwargs["mm_encoder_outputs"] = {"image": copy.copy(features)}
-        if isinstance(kwargs.get("num_visual_tokens"), (list, tuple, np.ndarray)):
-            kwargs["num_visual_tokens"] = torch.as_tensor(kwargs["num_visual_tokens"])
+        tokens_per_image = self._tokens_per_image(kwargs)
+        if tokens_per_image and not isinstance(kwargs.get("num_visual_tokens", 0), (int, torch.Tensor)):
+            kwargs["num_visual_tokens"] = torch.tensor(tokens_per_image)  # transformers repeats tensors for beams
 
         settings = (args[0] if args else kwargs.get("generation_config")) or self.generation_config
 
         def setting(name: str):
             return kwargs.get(name, getattr(settings, name, None))
 
-        tokens_per_image = self._tokens_per_image(kwargs)
         if prompt is not None and not (setting("is_assistant") and not tokens_per_image):  # drafts may see no image
-            mask = self._image_token_mask(prompt)
+            mask = self.model.get_placeholder_mask(None if prompt.is_floating_point() else prompt, prompt)
             # A continued turn may bring the new images alone.
             if CACHE_NAME not in kwargs or mask.sum() == sum(tokens_per_image):
-                rows = self._images_of_rows(mask.sum(-1).tolist(), tokens_per_image)
+                images_of_rows = self._images_of_rows(mask.sum(-1).tolist(), tokens_per_image)
                 expanded = max(setting("num_beams") or 1, setting("num_return_sequences") or 1) > 1
-                if expanded and any(rows) and ("mm_encoder_outputs" in kwargs or any(len(row) != 1 for row in rows)):
+                if expanded and any(images_of_rows) and ("mm_encoder_outputs" in kwargs or set(images_of_rows) != {1}):
                     require_transformers("5.19", "Several sequences from a prompt without exactly one image")
             if tokens_per_image and setting("prefill_chunk_size"):
                 require_transformers("5.23", "prefill_chunk_size with images")
@@ -441,12 +403,6 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
                 f"is {context}: shorten it, or give images a smaller num_visual_tokens"
             )
 
-    def _image_token_mask(self, prompt: torch.Tensor) -> torch.BoolTensor:
-        """Where image tokens stand `(batch, sequence)` in a prompt of ids or embeddings."""
-        if prompt.is_floating_point():
-            return self.model.get_placeholder_mask(None, prompt)
-        return prompt == self.config.image_token_id
-
     def _tokens_per_image(self, model_kwargs: dict) -> list[int]:
         """Visual tokens of each image given to `generate`, in whichever form it came."""
         if (features := (model_kwargs.get("mm_encoder_outputs") or {}).get("image")) is not None:
@@ -458,53 +414,42 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         return budgets if isinstance(budgets, list) else [budgets] * num_images
 
     @staticmethod
-    def _images_of_rows(placeholders: list[int], tokens_per_image: list[int]) -> list[list[int]]:
-        """Which images each row of a batch holds, from the rows' numbers of image tokens.
+    def _images_of_rows(placeholders: list[int], tokens_per_image: list[int]) -> list[int]:
+        """How many images each row of a batch holds, from the rows' numbers of image tokens.
 
         Raises:
             ValueError: if an image would straddle two rows, or images and image tokens do not add up.
         """
-        image_ends, row_ends = list(accumulate(tokens_per_image, initial=0)), list(accumulate(placeholders))
+        image_ends, row_ends = list(accumulate(tokens_per_image, initial=0)), list(accumulate(placeholders, initial=0))
         if image_ends[-1] != row_ends[-1] or not set(row_ends) <= set(image_ends):
             raise ValueError(
                 f"Image tokens and image features do not match: images of {tokens_per_image} visual tokens do not "
                 f"fill the {placeholders} image tokens of the prompts row by row; give every placeholder its image"
             )
-        return [list(range(start, end)) for start, end in pairwise([0, *(image_ends.index(end) for end in row_ends)])]
+        images_until = [image_ends.index(end) for end in row_ends]
+        return [end - start for start, end in pairwise(images_until)]
 
     def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        next_sequence_length: int | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        is_first_iteration: bool = False,
-        **kwargs,
+        self, input_ids, next_sequence_length=None, inputs_embeds=None, is_first_iteration=False, **kwargs
     ):
         if not is_first_iteration and kwargs.get("use_cache", True):
             kwargs = {name: value for name, value in kwargs.items() if name not in IMAGE_INPUTS}
         elif next_sequence_length is not None and next_sequence_length < input_ids.shape[1]:
             self._drop_cached_images(input_ids, next_sequence_length, kwargs)
-        return super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
+        kwargs |= {"next_sequence_length": next_sequence_length, "is_first_iteration": is_first_iteration}
+        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
     def _drop_cached_images(self, input_ids: torch.LongTensor, next_sequence_length: int, kwargs: dict):
         """Takes out of `kwargs` the images of a continued conversation that are in the cache already.
 
         A second turn may come with all images of the conversation, or with the new ones only.
         """
-        mask, tokens_per_image = self._image_token_mask(input_ids), self._tokens_per_image(kwargs)
+        mask, tokens_per_image = input_ids == self.config.image_token_id, self._tokens_per_image(kwargs)
         if not tokens_per_image or sum(tokens_per_image) != mask.sum():
             return
-        placeholders, cached = mask.sum(-1).tolist(), mask[:, :-next_sequence_length].sum(-1).tolist()
-        new = []
-        for row, cached_tokens in zip(self._images_of_rows(placeholders, tokens_per_image), cached, strict=True):
-            ends = accumulate(tokens_per_image[image] for image in row)
-            new += [image for image, end in zip(row, ends, strict=True) if end > cached_tokens]
+        last_token = torch.tensor(tokens_per_image, device=mask.device).cumsum(0) - 1  # of each image, among all
+        new = mask.nonzero()[last_token, 1] >= input_ids.shape[1] - next_sequence_length  # [images]
+        new = new.nonzero().flatten().tolist()
         if features := (kwargs.get("mm_encoder_outputs") or {}).get("image"):
             kept = BaseModelOutputWithPooling(pooler_output=[features.pooler_output[image] for image in new])
             kwargs["mm_encoder_outputs"] = {"image": kept} if new else {}

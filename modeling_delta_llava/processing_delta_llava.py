@@ -137,24 +137,22 @@ class DeltaLlavaProcessor(ProcessorMixin):
     r"""
     Turns text with image placeholders, and images, into model inputs.
 
-    Every placeholder becomes as many image tokens as its image has visual tokens. A budget can be asked for per call,
-    for all images or for each: `processor(images=[thumbnail, page], text=..., num_visual_tokens=[16, 576])`, or
-    `apply_chat_template(..., processor_kwargs={"num_visual_tokens": 36})`; the output then holds `num_visual_tokens`,
-    int64 of shape `(images,)`, for the model. `pixel_values` are of shape `(images, 3, height, width)`.
+    Every placeholder becomes as many image tokens as its image has visual tokens. A call may ask for a budget of all
+    images, or for one of each: `processor(images=[thumbnail, page], text=..., num_visual_tokens=[16, 576])`, in
+    templates within `processor_kwargs`; the output then holds `num_visual_tokens`, int64 of shape `(images,)`, for the
+    model. `pixel_values` are of shape `(images, 3, height, width)`.
 
     Images are PIL images, arrays, tensors, paths, http(s) addresses, base64 strings or file bytes, in a list, or in
-    one list per prompt. All give the pixels of [`rgb_picture`], at any size. One route decodes pictures before the
-    processor sees them: `pipeline(images=...)` clips 16-bit grey; pictures inside of chat messages are not affected.
-
-    Prompts that start with BOS, as rendered templates do, get no second one.
+    one list per prompt. All give the pixels of [`rgb_picture`], at any size; but `pipeline(images=...)` decodes files
+    itself and clips 16-bit grey. Prompts that start with BOS, as rendered templates do, get no second one.
 
     Args:
         image_processor: transformers' LLaVA image processor (or CLIP's, or SigLIP's).
         tokenizer: the language model's tokenizer, with the image token in its vocabulary.
-        num_visual_tokens (`int`, *optional*, defaults to 144): budget when a call does not ask for one.
-        grid_size (`int`, *optional*, defaults to 24): patches along one side of an image.
+        num_visual_tokens (`int`, defaults to 144): budget when a call does not ask for one.
+        grid_size (`int`, defaults to 24): patches along one side of an image.
         chat_template (`str`, *optional*): Jinja template of conversations.
-        image_token (`str`, *optional*, defaults to `"<image>"`): the placeholder.
+        image_token (`str`, defaults to `"<image>"`): the placeholder.
 
     Raises:
         ValueError: for impossible budgets, unreadable images, numbers of images and placeholders that differ, prompts
@@ -213,12 +211,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
             raise ValueError("text must be a string or a list of strings")
         if not all(prompt.strip() for prompt in text):
             raise ValueError("The prompt is empty: give it a question, or an image placeholder")
-        bos = self.tokenizer.bos_token
-        if (
-            bos
-            and add_special_tokens is not False
-            and self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]
-        ):
+        bos, adds_special_tokens = self.tokenizer.bos_token, add_special_tokens is not False
+        if bos and adds_special_tokens and self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]:
             return [prompt.removeprefix(bos) for prompt in text]
         return list(text)
 

@@ -16,20 +16,14 @@ from .configuration_delta_llava import DeltaLlavaConfig
 class DeltaLlavaUniformLinear(nn.Linear):
     """A Linear whose weights start uniform in +-`bound`, its biases in +-`bias_bound`.
 
-    It stands for the parts of the released projector that keep PyTorch's own initialisation: 1x1 convolutions and the
-    packed input projection of `nn.MultiheadAttention`.
+    It stands for the parts of the released projector that keep PyTorch's own initialisation: 1x1 convolutions (without
+    `bound`) and the packed input projection of `nn.MultiheadAttention`, whose biases start at zero.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, bound: float, bias_bound: float = 0.0):
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, bound: float | None = None):
         super().__init__(in_features, out_features, bias=bias)
-        self.bound = bound
-        self.bias_bound = bias_bound
-
-
-def pointwise_convolution(in_channels: int, out_channels: int, bias: bool = False) -> DeltaLlavaUniformLinear:
-    """A 1x1 convolution over channels-last tokens, with the default initialisation of `nn.Conv2d`."""
-    bound = in_channels**-0.5
-    return DeltaLlavaUniformLinear(in_channels, out_channels, bias, bound, bias_bound=bound)
+        self.bound = in_features**-0.5 if bound is None else bound
+        self.bias_bound = self.bound if bound is None else 0.0
 
 
 def position_table(grid_size: int, source_grid_size: int, channels: int, device: torch.device) -> torch.Tensor:
@@ -114,7 +108,7 @@ class DeltaLlavaMixer(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels // head_dim, bias=False)
         self.norm = nn.LayerNorm(channels)
-        self.out_proj = pointwise_convolution(channels, channels)
+        self.out_proj = DeltaLlavaUniformLinear(channels, channels)
 
     def forward(self, hidden_states: torch.Tensor, grid_size: int) -> torch.Tensor:
         grid = hidden_states.transpose(1, 2).unflatten(2, (grid_size, grid_size))  # [B, L, g, g]
@@ -127,8 +121,8 @@ class DeltaLlavaMLP(nn.Module):
 
     def __init__(self, channels: int, hidden_channels: int):
         super().__init__()
-        self.fc1 = pointwise_convolution(channels, hidden_channels, bias=True)
-        self.fc2 = pointwise_convolution(hidden_channels, channels, bias=True)
+        self.fc1 = DeltaLlavaUniformLinear(channels, hidden_channels, bias=True)
+        self.fc2 = DeltaLlavaUniformLinear(hidden_channels, channels, bias=True)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.fc2(F.relu(self.fc1(hidden_states)))
@@ -141,17 +135,15 @@ class DeltaLlavaTransformerBlock(nn.Module):
         super().__init__()
         channels, attention_channels = config.projector_hidden_size, config.block_attention_size
         local_channels = channels - attention_channels
-        rate = config.drop_path_rate
+        head_dim, rate = config.block_head_dim, config.drop_path_rate
         self.use_emhsa = config.use_emhsa
-        self.input_proj = pointwise_convolution(config.vision_config.hidden_size, attention_channels)
+        self.input_proj = DeltaLlavaUniformLinear(config.vision_config.hidden_size, attention_channels)
         if self.use_emhsa:
             self.attention_norm = nn.LayerNorm(attention_channels)
-            self.attention = DeltaLlavaSelfAttention(
-                attention_channels, config.block_head_dim, config.spatial_reduction
-            )
+            self.attention = DeltaLlavaSelfAttention(attention_channels, head_dim, config.spatial_reduction)
             self.attention_drop_path = DeltaLlavaDropPath(rate * config.mix_ratio)
-        self.local_proj = pointwise_convolution(attention_channels, local_channels)
-        self.local_mixer = DeltaLlavaMixer(local_channels, config.block_head_dim)
+        self.local_proj = DeltaLlavaUniformLinear(attention_channels, local_channels)
+        self.local_mixer = DeltaLlavaMixer(local_channels, head_dim)
         self.local_drop_path = DeltaLlavaDropPath(rate * (1 - config.mix_ratio))
         self.mlp = DeltaLlavaMLP(channels, config.block_mlp_ratio * channels)
         self.mlp_drop_path = DeltaLlavaDropPath(rate)
@@ -172,10 +164,10 @@ class DeltaLlavaCrossAttention(nn.Module):
     def __init__(self, channels: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        packed_bound = (6 / (4 * channels)) ** 0.5  # Xavier bound of the (3C, C) matrix that the released code packs
-        self.q_proj = DeltaLlavaUniformLinear(channels, channels, bias=True, bound=packed_bound)
-        self.k_proj = DeltaLlavaUniformLinear(channels, channels, bias=True, bound=packed_bound)
-        self.v_proj = DeltaLlavaUniformLinear(channels, channels, bias=True, bound=packed_bound)
+        bound = (6 / (4 * channels)) ** 0.5  # Xavier bound of the (3C, C) matrix that the released code packs
+        self.q_proj = DeltaLlavaUniformLinear(channels, channels, bias=True, bound=bound)
+        self.k_proj = DeltaLlavaUniformLinear(channels, channels, bias=True, bound=bound)
+        self.v_proj = DeltaLlavaUniformLinear(channels, channels, bias=True, bound=bound)
         self.out_proj = nn.Linear(channels, channels)
 
     def windows(self, tokens: torch.Tensor, grid_size: int, scale: int) -> torch.Tensor:
@@ -188,11 +180,7 @@ class DeltaLlavaCrossAttention(nn.Module):
     def forward(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, grid_size: int, scale: int
     ) -> torch.Tensor:
-        """
-        Args:
-            queries, keys, values: query tokens `(B, V, C)`, and patch tokens `(B, N, C)`.
-            grid_size, scale: side g of the grid of queries, and side s of a window.
-        """
+        """Attended tokens `(B, V, C)` of queries `(B, V, C)` and of keys and values `(B, N, C)`."""
         attended = F.scaled_dot_product_attention(
             self.windows(self.q_proj(queries), grid_size, 1),
             self.windows(self.k_proj(keys), grid_size, scale),
@@ -219,17 +207,12 @@ class DeltaLlavaProjector(nn.Module):
             vision_channels = channels
         else:
             self.query_block = None
-        self.query_channels = vision_channels
         self.query_projection = DeltaLlavaProjection(vision_channels, channels, config.delta_rank)
         self.key_projection = DeltaLlavaProjection(memory_channels, channels, config.delta_rank)
         self.value_projection = DeltaLlavaProjection(memory_channels, channels, config.delta_rank)
         self.cross_attention = DeltaLlavaCrossAttention(channels, config.projector_num_attention_heads)
         self.linear_1 = nn.Linear(channels, text_channels)
         self.linear_2 = nn.Linear(text_channels, text_channels)
-
-    def positions(self, grid_size: int, device: torch.device) -> torch.Tensor:
-        """Position table `(V, C)` of the queries in fp32."""
-        return position_table(grid_size, self.source_grid_size, self.query_channels, device)
 
     def queries(self, query_features: torch.Tensor, grid_size: int) -> torch.Tensor:
         """Query tokens `(B, V, C)` from the query stream `(B, N, C)` (Section 4.1 and Eq. 3, 4 and 6)."""
@@ -241,7 +224,7 @@ class DeltaLlavaProjector(nn.Module):
             query_features = grid.flatten(2).transpose(1, 2).contiguous()  # [B, V, C]
         if self.query_block is not None:
             query_features = self.query_block(query_features, grid_size)
-        positions = self.positions(grid_size, query_features.device)
+        positions = position_table(grid_size, source, query_features.shape[-1], query_features.device)
         return self.query_projection((query_features + positions).to(query_features.dtype))
 
     def forward(

@@ -106,7 +106,7 @@ def test_bad_configs(config, message, tmp_path):
         ({"question": "  "}, "question is empty"),
         ({"question": str(CAT), "images": []}, "question is missing"),
         ({"num_visual_tokens": "many"}, "not a number"),
-        ({"num_visual_tokens": "4,4"}, "2 entries for 1 images"),
+        ({"num_visual_tokens": "4,4"}, "for each of 1 image"),
         ({"dtype": "int8"}, "choose one of auto"),
         ({"device": "abacus"}, "abacus"),
         ({"question": "word " * 600}, "context is 512"),

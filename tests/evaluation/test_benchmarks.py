@@ -49,6 +49,15 @@ def test_the_baseline_computes_what_the_projector_computes(benchmark):
         assert (result - expected).norm() < 1e-5 * expected.norm()
 
 
+def test_every_weight_has_a_name_in_the_authors_class(benchmark):
+    projector = benchmark("projector").random_projector(tiny_config(), torch.device("cpu"))
+    weights = benchmark("authors_projector").their_weights(projector)
+    assert {name.split(".")[0] for name in weights} == {
+        "q_proj_1", "k_proj_1", "v_proj_1", "clip_attn", "mlp", "combined_block",
+    }  # fmt: skip
+    assert sum(tensor.numel() for tensor in weights.values()) == sum(map(torch.numel, projector.parameters()))
+
+
 def test_both_models_of_the_end_to_end_comparison_share_their_parts(benchmark):
     end_to_end = benchmark("end_to_end")
     model, native = end_to_end.build(tiny_config(), torch.device("cpu"), torch.float32)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from modeling_delta_llava.configuration_delta_llava import (
     AUTO_MAP,
     DeltaLlavaConfig,
+    image_budgets,
     legal_visual_tokens,
-    scale_factor,
 )
 from tests.tiny import DECODERS, tiny_config
 
@@ -92,10 +92,13 @@ def test_tied_embeddings_follow_the_language_model():
         ({"memory_feature_layers": []}, r"memory_feature_layers=\[\]"),
         ({"projector_hidden_size": 30}, "multiple of 4"),
         ({"projector_num_attention_heads": 3}, "3 heads"),
+        ({"projector_num_attention_heads": 0}, "0 heads"),
         ({"block_head_dim": 5}, "whole heads"),
+        ({"block_head_dim": 0}, "whole heads"),
         ({"mix_ratio": 1.0}, "whole heads"),
         ({"delta_rank": -1}, "delta_rank=-1"),
         ({"spatial_reduction": 0}, "spatial_reduction=0"),
+        ({"block_mlp_ratio": 0}, "block_mlp_ratio=0"),
         ({"drop_path_rate": 1.0}, "drop_path_rate"),
     ],
 )
@@ -104,9 +107,10 @@ def test_impossible_settings_say_what_is_possible(fields, message):
         tiny_config(**fields)
 
 
-def test_wrong_types_are_refused():
+@pytest.mark.parametrize("budget", ["4", [4], 4.0, True, b"4"], ids=repr)
+def test_wrong_types_are_refused(budget):
     with pytest.raises(Exception, match="num_visual_tokens"):
-        tiny_config(num_visual_tokens="36")
+        tiny_config(num_visual_tokens=budget)
 
 
 @pytest.mark.parametrize(
@@ -138,13 +142,14 @@ def test_legal_budgets_are_exactly_the_divisors_squares(grid, scale):
     assert legal[0] == grid**2
     assert legal[-1] == 1
     if grid % scale == 0:
-        assert scale_factor((grid // scale) ** 2, grid) == scale
+        config = DeltaLlavaConfig(vision_config={**TOWER, "image_size": grid, "patch_size": 1})
+        assert config.scale_factor((grid // scale) ** 2) == scale
 
 
 @given(grid=st.integers(1, 60), budget=st.integers(-5, 4000))
-def test_scale_factor_accepts_legal_budgets_only(grid, budget):
+def test_legal_budgets_only_are_accepted(grid, budget):
     if budget in legal_visual_tokens(grid):
-        assert (grid // scale_factor(budget, grid)) ** 2 == budget
+        assert image_budgets(budget, 1, grid) == budget
     else:
         with pytest.raises(ValueError, match="choose one of"):
-            scale_factor(budget, grid)
+            image_budgets(budget, 1, grid)

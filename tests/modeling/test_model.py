@@ -372,11 +372,25 @@ def test_budgets_work_in_training(budget):
 
 @pytest.mark.parametrize(
     ("budget", "message"),
-    [(9, r"num_visual_tokens=9 .*\[16, 4, 1\]"), ([4], "1 entries for 3 images"), ([4, 4, 0], "num_visual_tokens=0")],
+    [
+        (9, "num_visual_tokens=9 "),
+        ("4", "num_visual_tokens='4' "),
+        (True, "num_visual_tokens=True "),
+        (4.0, r"num_visual_tokens=4\.0 "),
+        (torch.tensor([[4, 4, 4]]), r"num_visual_tokens=\[\[4, 4, 4\]\] "),
+        ([4], r"num_visual_tokens=\[4\] .* for each of 3 image\(s\)"),
+        ([], r"num_visual_tokens=\[\] "),
+        ([4, 4, 0], r"num_visual_tokens=\[4, 4, 0\] "),
+        (["4", "4", "4"], r"num_visual_tokens=\['4', '4', '4'\] "),
+        ([4, 4, None], r"num_visual_tokens=\[4, 4, None\] "),
+    ],
+    ids=repr,
 )
 def test_wrong_budgets(budget, message, model):
-    with pytest.raises(ValueError, match=message):
-        model(**inputs(model), num_visual_tokens=budget)
+    message += r".*choose one of \[16, 4, 1\]" if "each" not in message else ""
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=message):
+            call(**inputs(model), num_visual_tokens=budget)
 
 
 def test_untrained_budgets_warn_once(caplog, monkeypatch):

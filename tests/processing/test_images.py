@@ -320,19 +320,27 @@ def test_numbers_and_lists_of_every_library_are_budgets(budgets, processor):
 
 
 @pytest.mark.parametrize(
-    ("budget", "message"),
-    [
-        ("16", "no whole number"),
-        (4.0, "no whole number"),
-        (9, r"choose one of \[16, 4, 1\]"),
-        (0, "choose one of"),
-        ([4, 4], "2 entries for 1 images"),
-        ([5], "choose one"),
-    ],
-)
-def test_wrong_budgets_say_which_are_right(budget, message, processor):
-    with pytest.raises(ValueError, match=message):
-        ask(processor, RGB, num_visual_tokens=budget)
+    "budget",
+    ["16", "", b"4", True, [True], 4.0, float("nan"), 9, 0, -4, 10**40, [4, 4], [], [5], ["4"], [None], [[4]], ([4],),
+     {4}, {"budget": 4}, np.array([[4]]), np.array([4.0]), np.array(True), torch.tensor([]), torch.tensor(True),
+     "x" * 10**6, [4] * 10**6],
+    ids=lambda budget: repr(budget)[:30],
+)  # fmt: skip
+def test_wrong_budgets_say_which_are_right(budget, processor):
+    message = r"^num_visual_tokens=.{,80} is not possible on a 4 x 4 patch grid; choose one of \[16, 4, 1\]"
+    for call in (
+        lambda: ask(processor, RGB, num_visual_tokens=budget),
+        lambda: processor(text="<image> ?", images=RGB, images_kwargs={"num_visual_tokens": budget}),
+        lambda: processor._get_num_multimodal_tokens([(8, 8)], num_visual_tokens=budget),
+        lambda: DeltaLlavaProcessor(processor.image_processor, processor.tokenizer, budget, 4),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_no_budget_is_the_processors(processor):
+    assert "num_visual_tokens" not in ask(processor, RGB, num_visual_tokens=None)
+    assert processor._get_num_multimodal_tokens([(8, 8)], num_visual_tokens=None)["num_image_tokens"] == [4]
 
 
 def test_budgets_are_checked_without_images_too(processor):
