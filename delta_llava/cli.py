@@ -196,7 +196,7 @@ def verify(
     vision_tower: Annotated[str | None, typer.Option(help="As given to convert.")] = None,
     form: Annotated[str | None, typer.Option(help="As given to convert.")] = None,
     revision: Annotated[str | None, typer.Option(help="As given to convert.")] = None,
-    numbers: Annotated[bool, typer.Option(help="Compute both models stage by stage, when memory allows.")] = True,
+    numbers: Annotated[bool, typer.Option(help="Load the model and look at its logits, when memory allows.")] = True,
     progress: Annotated[bool, typer.Option(help="Show a progress bar on a terminal.")] = True,
 ) -> int:
     """Check a Hub folder: complete, loadable, and equal to its source. Exits with 1 if anything differs."""

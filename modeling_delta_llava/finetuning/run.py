@@ -12,6 +12,7 @@ from delta_llava.errors import UserError
 from delta_llava.redaction import ScrubbedRecords
 
 from ..folders import check_output_folder
+from ..sources import local_folder
 from .arguments import ModelArguments, RunArguments, load_arguments
 from .check_data import check_data
 from .checkpoints import (
@@ -36,7 +37,6 @@ from .start import (
     check_default_budget,
     compose,
     load_model,
-    local_folder,
     read_start,
 )
 from .text import ConversationEncoder
@@ -114,7 +114,7 @@ def model_folder(arguments: RunArguments) -> Path:
     """The Delta-LLaVA folder that the run starts from; composed from its parts, by the main process, if need be."""
     model, training = arguments.model, arguments.training
     if model.model is not None:
-        return local_folder(model.model, "model", model.model_revision)
+        return local_folder(model.model, "--model", model.model_revision)
     folder = Path(training.output_dir) / BASE_FOLDER
     with training.main_process_first(local=False, desc="joining language model and vision tower"):
         if training.process_index == 0:

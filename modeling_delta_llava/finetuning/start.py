@@ -23,6 +23,7 @@ from ..json_files import read_json
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
 from ..projector_delta_llava import DeltaLlavaProjector
+from ..sources import local_folder
 from .arguments import DataArguments, DeltaLlavaTrainingArguments, ModelArguments
 from .checkpoints import SETTINGS_FILE, one_line, read_stored_settings, write_settings
 from .parts import NOT_QUANTIZED, PROJECTOR_MODULE
@@ -31,31 +32,6 @@ logger = logging.getLogger(__name__)
 
 # A name with a leading underscore: `Trainer.push_to_hub` leaves such files out.
 BASE_FOLDER = "_base"
-SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
-WEIGHT_FILES = ["*.safetensors", "*.bin"]
-
-
-def local_folder(name: str, what: str, revision: str | None = None, weights: bool = True) -> Path:
-    """The folder of a model: the path itself, or a download from the Hub.
-
-    Raises:
-        UserError: neither is there; `what` names the setting.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_absolute() or name.startswith(("./", "../", "~")):
-        raise UserError(f"{what}: {name} is no folder; give an existing folder or a Hub repo as --{what}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = SMALL_FILES + (WEIGHT_FILES if weights else [])
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the Hub client and its HTTP library raise many classes
-        raise UserError(
-            f"{what}: {name} is neither a folder nor a Hub repo that can be read ({one_line(error)}); correct "
-            f"--{what}, or log in with `hf auth login` if the repo is private or gated"
-        ) from None
 
 
 def read_config(folder: Path, what: str) -> Any:
@@ -93,8 +69,8 @@ def read_base_parts(model: ModelArguments, data: DataArguments, weights: bool = 
     Raises:
         UserError: one of them cannot be read, or they do not go together.
     """
-    text_folder = local_folder(model.language_model, "language_model", weights=weights)
-    vision_folder = local_folder(model.vision_tower, "vision_tower", weights=weights)
+    text_folder = local_folder(model.language_model, "--language_model", weights=weights)
+    vision_folder = local_folder(model.vision_tower, "--vision_tower", weights=weights)
     text_config = read_config(text_folder, "language_model")
     vision_config = read_config(vision_folder, "vision_tower")
     vision_config = getattr(vision_config, "vision_config", vision_config)
@@ -328,7 +304,7 @@ def read_start(model: ModelArguments, data: DataArguments) -> tuple[DeltaLlavaCo
     if model.model is None:
         parts = read_base_parts(model, data, weights=False)
         return parts.config, parts.processor
-    folder = local_folder(model.model, "model", model.model_revision, weights=False)
+    folder = local_folder(model.model, "--model", model.model_revision, weights=False)
     config = read_model_config(folder)
     if model.num_visual_tokens is not None:
         check_budgets(config, [model.num_visual_tokens])

@@ -469,7 +469,7 @@ def test_composing_a_language_model_and_a_tower(arguments, tmp_path):
 BAD_STARTS = {
     "missing data": ({"data_path": "none.json"}, "no such data file"),
     "missing pictures folder": ({"image_folder": "nowhere"}, "image_folder: nowhere is no folder"),
-    "missing model": ({"model": "./nothing"}, "model: ./nothing is no folder"),
+    "missing model": ({"model": "./nothing"}, "--model nothing does not exist"),
     "impossible budget": ({"visual_token_budgets": [16, 5]}, r"budget 5 is not possible.*16, 4, 1"),
     "impossible default": ({"num_visual_tokens": 9}, r"budget 9 is not possible"),
     "LoRA targets": (
