@@ -103,9 +103,8 @@ def main() -> None:
         made = commands(Path(folder))
         for name in arguments.commands or made:
             killed, whole = check(made[name], Path(folder) / name, arguments.points)
-            print(
-                f"{name}: {2 * arguments.points} runs, {killed} killed, {whole} had finished OUTPUT, all the rest nothing"
-            )
+            runs = 2 * arguments.points
+            print(f"{name}: {runs} runs, {killed} killed, {whole} with OUTPUT whole, the others without")
             sys.stdout.flush()
 
 
