@@ -271,7 +271,7 @@ def _stage1_model(opened: Source, options: Options, found: _Found) -> Model:
     base = _base_model(opened, options, found)
     weights = {name: weight for name, weight in base.weights.items() if not name.startswith(PROJECTOR)}
     weights |= with_parts_split(projector)
-    return Model(weights, kind, opened.config, opened.folder / "config.json", base.tower_keys and None)
+    return Model(weights, kind, opened.config, opened.folder / "config.json")
 
 
 def _stage1_key(key: str) -> str:
