@@ -121,8 +121,8 @@ def file_names(found: Assembly) -> Weights:
 
 
 def scratch_bytes(weights: Weights, max_shard_bytes: int) -> int:
-    """Disk that is needed for a while beside the result: what is computed for one shard."""
-    return min(max_shard_bytes, sum(weight.nbytes for weight in weights.values() if not weight.is_copy))
+    """Disk that is needed for a while beside the result: what is computed for two shards."""
+    return min(2 * max_shard_bytes, sum(weight.nbytes for weight in weights.values() if not weight.is_copy))
 
 
 def preview(

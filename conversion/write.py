@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +69,8 @@ def write_shards(
 ) -> dict[str, int]:
     """Writes all weights and, for several shards, the index.
 
-    A shard is written straight from the mapped sources. Meanwhile the one before it goes to disk and is read for
-    values that are not finite, as it was written.
+    Two shards at a time, each straight from the mapped sources: while one waits for the disk, the other is read. As it
+    was written, a shard is then read for values that are not finite.
 
     Args:
         weights: by the name that they get.
@@ -85,26 +85,18 @@ def write_shards(
     """
     shards = plan_shards(weights, max_shard_bytes)
     nonfinite: dict[str, int] = {}
-
-    def finished(shard: Future) -> None:
-        name, found = shard.result()
-        nonfinite.update(found)
-        if nonfinite and not allow_nonfinite:
-            key = next(iter(nonfinite))
-            raise UserError(_nonfinite_message(key, nonfinite[key], weights[key]))
-        advance(sum(weights[key].nbytes for key in shards[name]))
-
-    with ThreadPoolExecutor(1) as checker:
-        before: Future | None = None
-        for name, keys in shards.items():
-            with contextlib.ExitStack() as scratch:
-                allocate = _disk_allocator(folder, scratch)
-                values = {key: weights[key].value(allocate) for key in keys}
-                save(_without_overlap(values, allocate), folder / name, weights[keys[0]].file)
-            if before is not None:
-                finished(before)
-            before = checker.submit(_flushed_and_scanned, folder / name, scan)
-        finished(before)
+    pool = ThreadPoolExecutor(2)
+    try:
+        parts = {name: {key: weights[key] for key in keys} for name, keys in shards.items()}
+        running = [pool.submit(_write_shard, folder / name, part, scan) for name, part in parts.items()]
+        for shard, part in zip(running, parts.values(), strict=True):
+            nonfinite |= shard.result()
+            if nonfinite and not allow_nonfinite:
+                key = next(iter(nonfinite))
+                raise UserError(_nonfinite_message(key, nonfinite[key], weights[key]))
+            advance(sum(weight.nbytes for weight in part.values()))
+    finally:
+        pool.shutdown(cancel_futures=True)
     if len(shards) > 1:
         index = {
             "metadata": {
@@ -116,6 +108,14 @@ def write_shards(
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     return nonfinite
+
+
+def _write_shard(path: Path, weights: Mapping[str, Weight], scan: bool) -> dict[str, int]:
+    with contextlib.ExitStack() as scratch:
+        allocate = _disk_allocator(path.parent, scratch)
+        values = {key: weight.value(allocate) for key, weight in weights.items()}
+        save(_without_overlap(values, allocate), path, next(iter(weights.values())).file)
+    return scanned(path) if scan else {}
 
 
 def save(tensors: Mapping[str, Tensor], path: Path, source: Path) -> None:
@@ -162,15 +162,6 @@ def _disk_allocator(folder: Path, scratch: contextlib.ExitStack) -> Callable[...
         return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
 
     return allocate
-
-
-def _flushed_and_scanned(path: Path, scan: bool) -> tuple[str, dict[str, int]]:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return path.name, scanned(path) if scan else {}
 
 
 def scanned(path: Path) -> dict[str, int]:
