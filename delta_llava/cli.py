@@ -251,7 +251,7 @@ def variants(
         typer.echo(json.dumps(shown, indent=2, ensure_ascii=False))
         return
     columns = [*listed.benchmarks()] if benchmarks or as_markdown else listed.MAIN_BENCHMARKS
-    head, rows = listed.variants_table(columns)
+    head, rows = listed.variants_table(columns, sources=as_markdown)
     if as_markdown:
         typer.echo(listed.markdown(head, rows))
     else:

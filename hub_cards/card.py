@@ -22,6 +22,7 @@ from modeling_delta_llava.card import (
     LICENCE_FIELDS,
     PAPER,
     PIPELINE_TAG,
+    PLACEHOLDER,
     Facts,
     load_card,
     progress,
@@ -155,7 +156,7 @@ def _measured_results(
 ) -> Iterator[tuple[EvalResult, EvalResultEntry | None]]:
     """Measured scores in both forms; the second names a data set, and is None where the task's is not known."""
     for entry in measured:
-        url = f"https://huggingface.co/{repo_id}/blob/{revision}/{entry.file}" if repo_id else None
+        url = f"https://huggingface.co/{repo_id or PLACEHOLDER}/blob/{revision}/{entry.file}"
         source = {"source_name": entry.file, "source_url": url}
         old = EvalResult(
             task_type=PIPELINE_TAG,

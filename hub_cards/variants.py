@@ -16,7 +16,7 @@ from delta_llava.errors import UserError
 FOLDER = Path(__file__).parent
 MISSING = "–"
 PROVENANCES = ("released", "reconstructed", "ours")
-MAIN_BENCHMARKS = ("GQA", "POPE", "TextVQA")
+MAIN_BENCHMARKS = ("GQA", "POPE")
 """Those that a list shows where not all of them fit."""
 PARTS = ("architecture", "recipe", "prompt_format", "weights")
 UNCOMPRESSED_TOKENS = "576"
@@ -232,15 +232,15 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
 
-def variants_table(benchmark_columns: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+def variants_table(benchmark_columns: Sequence[str], sources: bool = False) -> tuple[list[str], list[list[str]]]:
     """Head and rows of a table of the variants: budget, provenance of the weights, scores and where they are from."""
-    head = ["variant", "tokens", "weights", *benchmark_columns, "source"]
+    head = ["variant", "tokens", "weights", *benchmark_columns, *["source"] * sources]
     rows = []
     for variant in variants().values():
         scores = {score.benchmark: score.text for score in variant.scores}
-        sources = ", ".join(dict.fromkeys(score.source for score in variant.scores)) or MISSING
+        tables = ", ".join(dict.fromkeys(score.source for score in variant.scores)) or MISSING
         cells = [variant.name, str(variant.num_visual_tokens), variant.provenance["weights"]]
-        rows.append([*cells, *(scores.get(name, MISSING) for name in benchmark_columns), sources])
+        rows.append([*cells, *(scores.get(name, MISSING) for name in benchmark_columns), *[tables] * sources])
     return head, rows
 
 

@@ -227,7 +227,7 @@ def test_cli_prints_a_table_that_fits_a_terminal(options, width, capsys, monkeyp
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert cli.main(["variants", *options]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
     assert max(map(len, lines)) <= width
     assert len(lines) == len(variants()) + 4, "no row wraps"
     for variant in variants().values():
