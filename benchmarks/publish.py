@@ -90,7 +90,7 @@ class MemoryOf:
                     own = 1024 * int(kilobytes.get("VmRSS", 0))
                     resident += own
                     anonymous += 1024 * int(kilobytes.get("RssAnon", 0))
-                    found = re.search(r"load_check|verify_check|hub_cards\.transfer|cli publish", command)
+                    found = re.search(r"check_folder|cli publish", command)
                     name = found[0] if found else "other"
                     self.each[name] = max(self.each.get(name, 0), own)
             except (OSError, ValueError):

@@ -232,24 +232,30 @@ def variants(
     name: Annotated[
         str | None, typer.Argument(help="Show this variant alone, with all that is known about it.")
     ] = None,
+    benchmarks: Annotated[bool, typer.Option("--benchmarks", help="Show the scores of every benchmark.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON: every figure with the table it is from.")
+    ] = False,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print a Markdown table with the scores of every benchmark.")
     ] = False,
 ) -> None:
     """List the variants of the paper and of the release, with the scores the paper's tables print for them."""
     import json
 
-    from modeling_delta_llava.hub_cards.variants import get_variant, variant_record, variants_table
-    from modeling_delta_llava.hub_cards.variants import variants as all_variants
+    from modeling_delta_llava.hub_cards import variants as listed
 
-    if name is not None:
-        typer.echo(json.dumps(variant_record(get_variant(name)), indent=2, ensure_ascii=False))
-    elif as_json:
-        typer.echo(
-            json.dumps([variant_record(entry) for entry in all_variants().values()], indent=2, ensure_ascii=False)
-        )
+    if name is not None or as_json:
+        records = [listed.variant_record(entry) for entry in listed.variants().values()]
+        shown = records if name is None else listed.variant_record(listed.get_variant(name))
+        typer.echo(json.dumps(shown, indent=2, ensure_ascii=False))
+        return
+    columns = [*listed.benchmarks()] if benchmarks or as_markdown else listed.MAIN_BENCHMARKS
+    head, rows = listed.variants_table(columns, sources=as_markdown)
+    if as_markdown:
+        typer.echo(listed.markdown(head, rows))
     else:
-        typer.echo(variants_table())
+        _print_table(head, rows)
 
 
 @app.command(rich_help_panel=PUBLISH)
@@ -308,11 +314,14 @@ def publish(
         str | None, typer.Option("--license", help="Licence identifier, for a card that states none.")
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Pattern of paths to leave out; repeatable.")] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Path of a file that is no usual part of a model; repeatable.")
+    ] = None,
+    refresh_code: Annotated[
+        bool, typer.Option("--refresh-code", help="First write this release's code into the folder.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, send nothing.")] = False,
     load: Annotated[bool, typer.Option(help="Load the folder in a fresh process before publishing.")] = True,
-    time_limit: Annotated[float, typer.Option(help="Seconds after which to give up (to be resumed later).")] = 43200.0,
-    attempts: Annotated[int, typer.Option(help="Attempts of each request to the Hub.")] = 4,
-    retry_wait: Annotated[float, typer.Option(help="Seconds before the second attempt; doubles each time.")] = 2.0,
 ) -> None:
     """Publish a folder on the Hub: checked before, sent in one commit that can be resumed, checked after."""
     from modeling_delta_llava.hub_cards.publish import PublishOptions, describe, publish_all, timed
@@ -327,11 +336,10 @@ def publish(
         message=message,
         licence=licence,
         exclude=tuple(exclude or ()),
+        include=tuple(include or ()),
+        refresh_code=refresh_code,
         dry_run=dry_run,
         load=load,
-        time_limit=time_limit,
-        attempts=attempts,
-        retry_wait=retry_wait,
     )
     say = timed(lambda text: typer.echo(text, err=True))
     if everything is not None:

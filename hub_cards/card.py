@@ -1,44 +1,40 @@
-"""Model cards: README.md with metadata, `.eval_results`, a figure, LICENSE and NOTICE.
+"""Files of a model card: README.md with metadata, `.eval_results`, a figure, LICENSE and NOTICE.
 
 A listed variant's card quotes the paper's tables through `variants`. Any other folder's card says what its config and
-its trainer's record say, and nothing else.
+its training say, and nothing else.
 """
 
-import json
 import math
+import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 from safetensors import SafetensorError, safe_open
+from transformers import TrainerState
 
-from delta_llava.errors import UserError
-from modeling_delta_llava.configuration_delta_llava import TRANSFORMERS_RANGE
+from delta_llava.errors import UserError, reason
+from modeling_delta_llava.card import (
+    EXAMPLE,
+    LICENCE_FIELDS,
+    PAPER,
+    PIPELINE_TAG,
+    PLACEHOLDER,
+    Facts,
+    load_card,
+    progress,
+    render,
+    state_of,
+)
 from modeling_delta_llava.folders import check_output_folder
 from modeling_delta_llava.foreign_code import refuse_foreign_code
-from modeling_delta_llava.hub_cards.figure import chart_for, draw_chart, draw_example
-from modeling_delta_llava.hub_cards.licences import (
-    NO_LICENCE,
-    licence_sentence,
-    licence_text,
-    notice,
-    write_licence_file,
-)
+from modeling_delta_llava.hub_cards.figure import chart_for, draw_chart
+from modeling_delta_llava.hub_cards.licences import licence_text, notice
 from modeling_delta_llava.hub_cards.measured import Measurement, read_measurements
-from modeling_delta_llava.hub_cards.metadata import (
-    LIBRARY,
-    PIPELINE_TAG,
-    check_reference,
-    check_repository,
-    licence_problem,
-    load_card,
-    read_object,
-)
-from modeling_delta_llava.hub_cards.training_record import training_record
+from modeling_delta_llava.hub_cards.metadata import as_list, check_reference, check_repository, licence_problem
 from modeling_delta_llava.hub_cards.variants import (
     MISSING,
     UNCOMPRESSED_TOKENS,
@@ -46,19 +42,14 @@ from modeling_delta_llava.hub_cards.variants import (
     Variant,
     benchmarks,
     get_variant,
-    paper,
+    markdown,
     paper_tables,
 )
+from modeling_delta_llava.json_files import read_json
 
-TEMPLATE = Path(__file__).parent / "card_template.md"
-EXAMPLE = "example.png"
 FIGURE = "scores.png"
 DEFAULT_REVISION = "v1.0"
-SKIP_MODULES = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
-"""What stays in 16 bit when a model is quantised, as bitsandbytes matches names: from the start of the full name."""
-
-TAGS = ("delta-llava", "llava", "multimodal", "visual-token-compression", "custom_code")
-FINETUNE_MARK = "<!-- training: written by the finetuning run -->"
+TRAINER_STATE_FILE = "trainer_state.json"
 MEANINGS = {
     "architecture": {
         "released": "as the authors' code computes it",
@@ -79,52 +70,15 @@ MEANINGS = {
         "ours": "trained by the publisher of this repository; the paper has no such model",
     },
 }
+RATES = {
+    "tokens_per_second": "{} tokens per second",
+    "total_tflops": "{} TFLOPs in all",
+    "prefill_tflops": "{} TFLOPs of prefill",
+    "decode_tflops": "{} TFLOPs of decoding",
+    "vision_tflops": "{} TFLOPs in the tower",
+}
 
-
-@dataclass(frozen=True)
-class Facts:
-    """What a card is written from.
-
-    Attributes:
-        name: title, and name of the model in model-index.
-        repo_id, revision: what the snippets load.
-        config: config.json.
-        licence: `license`, and with "other" `license_name` and `license_link`; empty when none is known.
-        licence_file: whether the repository has its text as LICENSE.
-        base_models, datasets, languages: Hub ids and ISO codes for the metadata.
-        relation: "finetune" or "quantized".
-        parameters: in the weights, None when unknown.
-        trainer: (label, value) pairs from the trainer's record.
-        training_section: Markdown that `delta-llava finetune` wrote about the run.
-        quantization: keys bits, method, of; None for full weights.
-    """
-
-    name: str
-    repo_id: str
-    revision: str
-    config: dict[str, Any]
-    variant: Variant | None = None
-    licence: dict[str, str] | None = None
-    licence_file: bool = False
-    base_models: tuple[str, ...] = ()
-    datasets: tuple[str, ...] = ()
-    languages: tuple[str, ...] = ()
-    relation: str = "finetune"
-    parameters: int | None = None
-    measured: tuple[Measurement, ...] = ()
-    trainer: tuple[tuple[str, str], ...] = ()
-    training_section: str = ""
-    quantization: dict[str, Any] | None = None
-
-    @property
-    def num_visual_tokens(self) -> int:
-        return self.config["num_visual_tokens"]
-
-    @property
-    def legal_budgets(self) -> list[int]:
-        vision = self.config["vision_config"]
-        grid = vision["image_size"] // vision["patch_size"]
-        return [(grid // scale) ** 2 for scale in range(1, grid + 1) if grid % scale == 0]
+# --- scores ----------------------------------------------------------------------------------------------------------
 
 
 def _label(row: Row, ours: bool) -> str:
@@ -139,14 +93,11 @@ def _label(row: Row, ours: bool) -> str:
 def score_table(rows: Sequence[Row], baselines: Sequence[Row]) -> str:
     """A Markdown table of rows of one table of the paper: comparisons first, this variant last and in bold."""
     names = [name for name in benchmarks() if any(name in row.scores for row in (*rows, *baselines))]
-    lines = [f"| method | visual tokens | {' | '.join(names)} |", "|" + " --- |" * (len(names) + 2)]
-    for row in baselines:
-        cells = [_label(row, False), row.tokens, *(row.cells.get(name, MISSING) for name in names)]
-        lines.append(f"| {' | '.join(cells)} |")
+    cells = [[_label(row, False), *row.values(["tokens", *names])] for row in baselines]
     for row in rows:
-        cells = [_label(row, True), row.tokens, *(row.cells.get(name, MISSING) for name in names)]
-        lines.append("| " + " | ".join(cell if cell == MISSING else f"**{cell}**" for cell in cells) + " |")
-    return "\n".join(lines)
+        ours = [_label(row, True), *row.values(["tokens", *names])]
+        cells.append([cell if cell == MISSING else f"**{cell}**" for cell in ours])
+    return markdown(["method", "visual tokens", *names], cells)
 
 
 def _score_tables(variant: Variant) -> list[tuple[str, str]]:
@@ -175,181 +126,84 @@ def _attribution(variant: Variant) -> str:
     return f"{text}. Figures at 576 tokens are LLaVA-1.5's own. The tables name no metric except CIDEr, and no split."
 
 
-def _paper_results(variant: Variant) -> tuple[list[EvalResult], list[EvalResultEntry]]:
+def paper_results(variant: Variant) -> Iterator[tuple[EvalResult, EvalResultEntry]]:
     """The paper's scores as model-index entries and as `.eval_results` entries, each with its table."""
-    url, old, new = paper()["url"], [], []
     for score in variant.scores:
         benchmark = benchmarks()[score.benchmark]
-        source = f"Delta-LLaVA paper, {score.source}"
-        old.append(
-            EvalResult(
-                task_type=PIPELINE_TAG,
-                dataset_type=benchmark["dataset"],
-                dataset_name=benchmark["name"],
-                metric_type=benchmark["metric"],
-                metric_name=f"{score.benchmark} (reported by the paper, {score.source})",
-                metric_value=score.value,
-                source_name=source,
-                source_url=url,
-            )
+        source = {"source_name": f"Delta-LLaVA paper, {score.source}", "source_url": PAPER["url"]}
+        old = EvalResult(
+            task_type=PIPELINE_TAG,
+            dataset_type=benchmark["dataset"],
+            dataset_name=benchmark["name"],
+            metric_type=benchmark["metric"],
+            metric_name=f"{score.benchmark} (reported by the paper, {score.source})",
+            metric_value=score.value,
+            **source,
         )
-        new.append(
-            EvalResultEntry(
-                dataset_id=benchmark["dataset"],
-                task_id=benchmark["task_id"],
-                value=score.value,
-                source_name=source,
-                source_url=url,
-                notes=f"Reported by the paper for its authors' run at {variant.num_visual_tokens} visual tokens"
-                + ("" if variant.provenance["weights"] == "released" else "; not measured from these weights"),
-            )
+        new = EvalResultEntry(
+            dataset_id=benchmark["dataset"],
+            task_id=benchmark["task_id"],
+            value=score.value,
+            notes=f"Reported by the paper for its authors' run at {variant.num_visual_tokens} visual tokens"
+            + ("" if variant.provenance["weights"] == "released" else "; not measured from these weights"),
+            **source,
         )
-    return old, new
+        yield old, new
 
 
-def _measured_results(facts: Facts) -> tuple[list[EvalResult], list[EvalResultEntry]]:
-    old, new = [], []
-    for entry in facts.measured:
-        url = f"https://huggingface.co/{facts.repo_id}/blob/{facts.revision}/{entry.file}"
-        old.append(
-            EvalResult(
-                task_type=PIPELINE_TAG,
-                dataset_type=entry.dataset or entry.task,
-                dataset_name=entry.task,
-                metric_type=entry.metric,
-                metric_name=f"{entry.metric} (measured from this repository)",
-                metric_value=entry.value,
-                source_name=entry.file,
-                source_url=url,
-            )
+def _measured_results(
+    measured: Sequence[Measurement], repo_id: str | None, revision: str
+) -> Iterator[tuple[EvalResult, EvalResultEntry | None]]:
+    """Measured scores in both forms; the second names a data set, and is None where the task's is not known."""
+    for entry in measured:
+        url = f"https://huggingface.co/{repo_id or PLACEHOLDER}/blob/{revision}/{entry.file}"
+        source = {"source_name": entry.file, "source_url": url}
+        old = EvalResult(
+            task_type=PIPELINE_TAG,
+            dataset_type=entry.dataset or entry.task,
+            dataset_name=entry.task,
+            metric_type=entry.metric,
+            metric_name=f"{entry.metric} (measured from this repository)",
+            metric_value=entry.value,
+            **source,
         )
-        if entry.dataset:
-            new.append(
-                EvalResultEntry(
-                    dataset_id=entry.dataset,
-                    task_id=entry.task,
-                    value=entry.value,
-                    date=entry.date,
-                    source_name=entry.file,
-                    source_url=url,
-                    notes=f"{entry.metric}, measured from this repository at {entry.tokens} visual tokens",
-                )
-            )
-    return old, new
+        new = entry.dataset and EvalResultEntry(
+            dataset_id=entry.dataset,
+            task_id=entry.task,
+            value=entry.value,
+            date=entry.date,
+            notes=f"{entry.metric}, measured from this repository at {entry.tokens} visual tokens",
+            **source,
+        )
+        yield old, new or None
 
 
-def card_metadata(facts: Facts) -> ModelCardData:
-    """The card's metadata, as the Hub defines it."""
-    results = (_paper_results(facts.variant)[0] if facts.variant and not facts.quantization else []) + (
-        _measured_results(facts)[0]
-    )
-    tags = [*TAGS, f"arxiv:{paper()['arxiv']}"]
-    if facts.quantization:
-        tags += ["bitsandbytes", f"{facts.quantization['bits']}-bit"]
-    base = list(facts.base_models)
-    return ModelCardData(
-        language=list(facts.languages) or None,
-        **(facts.licence or {}),
-        library_name=LIBRARY,
-        pipeline_tag=PIPELINE_TAG,
-        base_model=(base if len(base) > 1 else base[0]) if base else None,
-        base_model_relation=facts.relation if base else None,
-        datasets=list(facts.datasets) or None,
-        tags=tags,
-        model_name=facts.name if results else None,
-        eval_results=results or None,
-    )
+# --- facts -----------------------------------------------------------------------------------------------------------
 
 
-def _details(facts: Facts) -> list[tuple[str, str]]:
-    """Rows of the card's table of model facts, from the variant where there is one, else from the config alone."""
-    variant, text, vision = facts.variant, facts.config["text_config"], facts.config["vision_config"]
-
-    def link(name: str) -> str:
-        return f"[{name}](https://huggingface.co/{name})"
-
-    rows = []
-    if variant:
-        rows += [("language model", link(variant.backbone.id)), ("vision tower", link(variant.tower.id))]
-    else:
-        shape = [text.get("model_type"), f"{text.get('num_hidden_layers')} layers of width {text.get('hidden_size')}"]
-        rows.append(("language model", ", ".join(part for part in shape if part)))
-        tower = f"{vision.get('model_type')}, {vision.get('num_hidden_layers')} layers of width"
-        rows.append(("vision tower", f"{tower} {vision.get('hidden_size')}"))
-    side = vision["image_size"] // vision["patch_size"]
-    rows.append(("picture", f"{vision['image_size']} px, {side} x {side} patches"))
-    rows.append(("visual tokens per picture", str(facts.num_visual_tokens)))
-    if facts.parameters:
-        rows.append(("parameters", f"{facts.parameters:,}"))
-    if facts.config.get("dtype"):
-        rows.append(("weights", str(facts.config["dtype"])))
-    return rows
-
-
-def _snippet_budgets(facts: Facts) -> list[int]:
-    """Budgets of two pictures in the snippet: the model's own and the next smaller one."""
-    smaller = [budget for budget in facts.legal_budgets if budget < facts.num_visual_tokens]
-    return [facts.num_visual_tokens, smaller[0] if smaller else facts.num_visual_tokens]
-
-
-def _rates(variant: Variant) -> str:
-    if variant.rates is None:
-        return ""
-    words = {
-        "tokens_per_second": "{} tokens per second",
-        "total_tflops": "{} TFLOPs in all",
-        "prefill_tflops": "{} TFLOPs of prefill",
-        "decode_tflops": "{} TFLOPs of decoding",
-        "vision_tflops": "{} TFLOPs in the tower",
+def variant_sections(variant: Variant, quantized: bool = False) -> dict[str, Any]:
+    """What the template says of a listed variant alone."""
+    chart = chart_for(variant)
+    models = (("language model", variant.backbone.id), ("vision tower", variant.tower.id))
+    origins = {} if quantized else variant.provenance
+    rates = variant.rates.scores if variant.rates else {}
+    return {
+        "lead": f"{variant.backbone.label} that sees a picture as **{variant.num_visual_tokens} visual tokens**: "
+        f"Delta-LLaVA ([{PAPER['title']}]({PAPER['url']})) with {variant.tower.label}.",
+        "details": [(label, f"[{name}](https://huggingface.co/{name})") for label, name in models],
+        "provenance": [(part.replace("_", " "), origin, MEANINGS[part][origin]) for part, origin in origins.items()],
+        "notes": () if quantized else variant.notes,
+        "score_tables": _score_tables(variant),
+        "reference_tables": _reference_tables(variant),
+        "attribution": _attribution(variant),
+        "figure": FIGURE if chart else None,
+        "figure_text": chart.alternative_text if chart else "",
+        "recipe": variant.recipe,
+        "training_time": variant.training_time.cells if variant.training_time else None,
+        "baseline_time": paper_tables()["4"].row("LLaVA 576").cells,
+        "rates": ", ".join(RATES[name].format(text) for name, text in rates.items() if name in RATES),
+        "weights_source": variant.weights_source,
     }
-    return ", ".join(words[name].format(text) for name, text in variant.rates.scores.items() if name in words)
-
-
-def render_card(facts: Facts) -> ModelCard:
-    """The card of a repository, from facts alone (no file is read or written)."""
-    variant = facts.variant
-    tables = _score_tables(variant) if variant else []
-    chart = chart_for(variant) if variant else None
-    provenance = []
-    if variant and not facts.quantization:
-        provenance = [
-            (part.replace("_", " "), origin, MEANINGS[part][origin]) for part, origin in variant.provenance.items()
-        ]
-    return ModelCard.from_template(
-        card_metadata(facts),
-        template_path=str(TEMPLATE),
-        name=facts.name,
-        paper=paper(),
-        variant=variant,
-        notes=variant.notes if variant and not facts.quantization else (),
-        provenance=provenance,
-        num_visual_tokens=facts.num_visual_tokens,
-        details=_details(facts),
-        legal_budgets=facts.legal_budgets,
-        trained_budgets=facts.config.get("trained_num_visual_tokens") or [],
-        repo_id=facts.repo_id,
-        revision=facts.revision,
-        example=EXAMPLE,
-        transformers_range=TRANSFORMERS_RANGE,
-        snippet_budgets=_snippet_budgets(facts),
-        skip_modules=json.dumps(SKIP_MODULES),
-        quantization=facts.quantization,
-        score_tables=tables,
-        attribution=_attribution(variant) if variant else "",
-        reference_tables=_reference_tables(variant) if variant else [],
-        figure=FIGURE if chart else None,
-        figure_text=chart.alternative_text if chart else "",
-        measured=facts.measured,
-        recipe=variant.recipe if variant else None,
-        training_time=variant.training_time.cells if variant and variant.training_time else None,
-        baseline_time=paper_tables()["4"].row("LLaVA 576").cells,
-        rates=_rates(variant) if variant else "",
-        trainer=facts.trainer,
-        training_section=facts.training_section.removeprefix(FINETUNE_MARK).strip(),
-        finetune_mark=FINETUNE_MARK,
-        licence_sentence=licence_sentence(facts.licence, facts.licence_file) if facts.licence else "",
-        no_licence=NO_LICENCE,
-    )
 
 
 def count_parameters(folder: Path) -> int | None:
@@ -361,29 +215,28 @@ def count_parameters(folder: Path) -> int | None:
             with safe_open(path, framework="np") as file:
                 total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged ({error}): convert or save it again") from error
+            raise UserError(f"{path} is damaged ({reason(error)}): convert or save it again") from error
     return total if files else None
 
 
-def _components(facts: Facts) -> list[tuple[str, str]]:
+def _components(facts: Facts, variant: Variant | None) -> list[tuple[str, str]]:
     """What NOTICE lists, each with its licence in words."""
     lines = [("the modelling code (*.py)", "Apache-2.0, the contributors of delta-llava")]
-    if facts.variant:
-        backbone, tower = facts.variant.backbone, facts.variant.tower
-        lines.append((f"the language model {backbone.id}", backbone.licence["license"]))
-        lines.append((f"the vision tower {tower.id}", "see its model page"))
-        if facts.variant.weights_source:
-            lines.append((f"weights of {facts.variant.weights_source}", "no licence stated by their authors"))
+    if variant:
+        lines.append((f"the language model {variant.backbone.id}", variant.backbone.licence["license"]))
+        lines.append((f"the vision tower {variant.tower.id}", "see its model page"))
+        if variant.weights_source:
+            lines.append((f"weights of {variant.weights_source}", "no licence stated by their authors"))
     else:
         lines += [(f"the model {name}", "see its model page") for name in facts.base_models]
     lines += [(f"the training data {name}", "see its data set page") for name in facts.datasets]
-    lines.append((f"the method of {paper()['title']!r} by {paper()['authors']}", paper()["url"]))
+    lines.append((f"the method of {PAPER['title']!r} by {PAPER['authors']}", PAPER["url"]))
     return lines
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a Delta-LLaVA folder. Raises `UserError` for anything else."""
-    config = read_object(folder / "config.json")
+    config = read_json(folder / "config.json")
     vision, text = config.get("vision_config"), config.get("text_config")
     whole = isinstance(vision, dict) and isinstance(text, dict)
     counts = [config.get("num_visual_tokens"), vision.get("image_size"), vision.get("patch_size")] if whole else []
@@ -398,40 +251,30 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _config_base_models(config: dict[str, Any]) -> tuple[str, ...]:
     """Hub ids that the config records for its language model and tower; paths are no ids."""
-    names = [(config.get(part) or {}).get("_name_or_path") for part in ("text_config", "vision_config")]
-    return tuple(name for name in names if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists())
+    names = [config[part].get("_name_or_path") for part in ("text_config", "vision_config")]
+    return tuple(
+        name for name in names if name and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not Path(name).exists()
+    )
 
 
-@dataclass(frozen=True)
-class Previous:
-    """What the folder's present card states and a new one keeps: metadata, and how the model was trained."""
-
-    licence: dict[str, str]
-    base_models: tuple[str, ...] = ()
-    datasets: tuple[str, ...] = ()
-    languages: tuple[str, ...] = ()
-    training_section: str = ""
-
-
-def read_previous(folder: Path) -> Previous:
-    """The folder's present card; empty when there is none that can be read."""
-    if not (folder / "README.md").is_file():
-        return Previous({})
+def _present(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The metadata of the folder's present card, and what it states as one of ours; empty without a readable card."""
     try:
-        present = load_card(folder)
-    except ValueError:
-        return Previous({})
-    data = present.data.to_dict()
+        card = load_card(folder)
+    except (OSError, ValueError):
+        return {}, {}
+    return card.data.to_dict(), state_of(card)
 
-    def names(field: str) -> tuple[str, ...]:
-        value = data.get(field) or ()
-        return (value,) if isinstance(value, str) else tuple(value)
 
-    licence = {name: data[name] for name in ("license", "license_name", "license_link") if data.get(name)}
-    section = re.search(r"^## Training\n(.*?)(?=^## |\Z)", present.text, re.DOTALL | re.MULTILINE)
-    by_finetune = "`delta-llava finetune`" in present.text or FINETUNE_MARK in present.text
-    text = section[1].strip() if section and by_finetune else ""
-    return Previous(licence, names("base_model"), names("datasets"), names("language"), text)
+def _trainers_record(folder: Path) -> dict[str, Any] | None:
+    """How far transformers' Trainer got, from the state that it keeps beside a model."""
+    file = folder / TRAINER_STATE_FILE
+    if not file.is_file():
+        return None
+    try:
+        return progress(TrainerState.load_from_json(str(file)))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read ({reason(error)}): delete it or restore it") from error
 
 
 def gather_facts(
@@ -441,49 +284,51 @@ def gather_facts(
     revision: str = DEFAULT_REVISION,
     licence: dict[str, str] | None = None,
     base_models: Sequence[str] = (),
-    results: Sequence[Path] = (),
+    name: str | None = None,
 ) -> Facts:
     """Everything known about a folder. Raises `UserError` when it does not fit the variant."""
     config = read_config(folder)
-    if variant:
-        differences = variant.shape_differences(config)
-        if differences:
-            raise UserError(f"{folder} is not {variant.name}: {'; '.join(differences)}: leave out --variant")
-    name = variant.name if variant else folder.resolve().name
-    quantized = config.get("quantization_config")
-    previous = read_previous(folder)
-    if base_models:
-        bases = tuple(base_models)
-    elif variant:
-        bases = (variant.backbone.id, variant.tower.id)
-    else:
-        bases = previous.base_models or _config_base_models(config)
-    quantization = None
+    if variant and (differences := variant.shape_differences(config)):
+        raise UserError(f"{folder} is not {variant.name}: {'; '.join(differences)}: leave out --variant")
+    present, state = _present(folder)
+    bases = tuple(base_models) or ((variant.backbone.id, variant.tower.id) if variant else ())
+    bases = bases or tuple(as_list(present.get("base_model"))) or _config_base_models(config)
+    quantized, quantization = config.get("quantization_config"), None
     if quantized:
         bits = 4 if quantized.get("load_in_4bit") else 8
         method = f"bitsandbytes {quantized.get('bnb_4bit_quant_type', 'nf4').upper()}" if bits == 4 else "LLM.int8()"
         of = f"[{bases[0]}](https://huggingface.co/{bases[0]})" if bases else "a Delta-LLaVA model"
         quantization = {"bits": bits, "method": method, "of": of}
-    licence = licence or (variant.licence if variant else None) or previous.licence or None
+    stated = {field: present[field] for field in LICENCE_FIELDS if present.get(field)}
+    licence = licence or (variant.licence if variant else {}) or stated
     text_known = bool(licence) and licence_text(licence["license"]) is not None
     return Facts(
-        name=name,
-        repo_id=repo_id or f"YOUR_NAME/{name}",
+        name or (variant.name if variant else folder.resolve().name),
+        config,
+        repo_id=repo_id,
         revision=revision,
-        config=config,
-        variant=variant,
+        variant=variant.name if variant else None,
         licence=licence,
         licence_file=text_known or (folder / "LICENSE").is_file(),
         base_models=bases,
-        datasets=variant.recipe.datasets if variant else previous.datasets,
-        languages=variant.backbone.language if variant else previous.languages,
+        datasets=variant.recipe.datasets if variant else tuple(as_list(present.get("datasets"))),
+        languages=variant.backbone.language if variant else tuple(as_list(present.get("language"))),
         relation="quantized" if quantized else "finetune",
         parameters=None if quantized else count_parameters(folder),
-        measured=tuple(read_measurements(folder, results, config["num_visual_tokens"])),
-        trainer=tuple(training_record(folder)),
-        training_section="" if variant or quantized else previous.training_section,
+        training=None if variant or quantized else state.get("training") or _trainers_record(folder),
         quantization=quantization,
     )
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a small file whole or not at all; a killed process leaves a hidden one, which the next call replaces."""
+    path.parent.mkdir(exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_bytes(content)
+    os.replace(unfinished, path)
 
 
 def write_card(
@@ -496,6 +341,7 @@ def write_card(
     licence_link: str | None = None,
     base_models: Sequence[str] = (),
     results: Sequence[Path] = (),
+    name: str | None = None,
 ) -> Path:
     """Writes README.md, NOTICE, the pictures, `.eval_results`, and LICENSE where its text is known; README's path.
 
@@ -508,6 +354,7 @@ def write_card(
             and a link.
         base_models: Hub ids for `base_model`; by default the variant's, or what the config records.
         results: result files of lmms-eval, which are copied into `eval/`.
+        name: title; by default the variant's name, or the folder's.
 
     Raises:
         UserError: the folder is no Delta-LLaVA folder or not that variant, or brings code that is not this package's;
@@ -517,37 +364,36 @@ def write_card(
     read_config(folder)
     check_output_folder(folder, str(folder), "holds no model", is_ours=True)
     refuse_foreign_code(folder)
-    for name in (*([] if repo_id is None else [repo_id]), *base_models):
-        check_repository(name)
+    for repository in (*([] if repo_id is None else [repo_id]), *base_models):
+        check_repository(repository)
     check_reference(revision)
-    stated = {"license": licence, "license_name": licence_name, "license_link": licence_link}
-    stated = {name: value for name, value in stated.items() if value}
-    if stated:
-        problem = licence_problem(stated, folder)
-        if problem:
-            raise UserError(f"--license: {problem} (https://huggingface.co/docs/hub/repositories-licenses)")
-    facts = gather_facts(
-        folder, get_variant(variant) if variant else None, repo_id, revision, stated, base_models, results
-    )
-    draw_example(folder / EXAMPLE)
-    chart = chart_for(facts.variant) if facts.variant else None
-    if chart:
-        draw_chart(chart, folder / FIGURE)
-    entries = {
-        "paper": _paper_results(facts.variant)[1] if facts.variant and not facts.quantization else [],
-        "measured": _measured_results(facts)[1],
-    }
-    for name, found in entries.items():
-        target = folder / ".eval_results" / f"{name}.yaml"
-        target.unlink(missing_ok=True)
-        if found:
-            target.parent.mkdir(exist_ok=True)
-            text = yaml.safe_dump(eval_result_entries_to_yaml(found), sort_keys=False, allow_unicode=True, width=100)
-            target.write_text(text, encoding="utf-8")
-    identifier = (facts.licence or {}).get("license")
-    if identifier:
-        write_licence_file(folder, identifier)
-    llama_2 = identifier == "llama2"
-    (folder / "NOTICE").write_text(notice(_components(facts), llama_2), encoding="utf-8")
-    render_card(facts).save(folder / "README.md")
+    stated = dict(zip(LICENCE_FIELDS, (licence, licence_name, licence_link), strict=True))
+    stated = {field: value for field, value in stated.items() if value}
+    if stated and (problem := licence_problem(stated, {path.name for path in folder.iterdir()})):
+        raise UserError(f"--license: {problem} (https://huggingface.co/docs/hub/repositories-licenses)")
+    listed = get_variant(variant) if variant else None
+    facts = gather_facts(folder, listed, repo_id, revision, stated, base_models, name)
+    measured, copied = read_measurements(folder, results, facts.config["num_visual_tokens"])
+    papers = list(paper_results(listed)) if listed and not facts.quantization else []
+    ours = list(_measured_results(measured, repo_id, revision))
+    sections = variant_sections(listed, bool(facts.quantization)) if listed else {}
+    card = render(facts, [old for old, _ in (*papers, *ours)], measured=measured, **sections)
+
+    files = {**copied, EXAMPLE.name: EXAMPLE.read_bytes()}
+    if sections.get("figure"):
+        files[FIGURE] = draw_chart(chart_for(listed))
+    for kind, found in (("paper", papers), ("measured", ours)):
+        entries = eval_result_entries_to_yaml([new for _, new in found if new])
+        text = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True, width=100) if entries else ""
+        files[f".eval_results/{kind}.yaml"] = text.encode()
+    identifier = facts.licence.get("license")
+    if identifier and not (folder / "LICENSE").exists():
+        files["LICENSE"] = (licence_text(identifier) or "").encode()
+    files["NOTICE"] = notice(_components(facts, listed), identifier == "llama2").encode()
+    files["README.md"] = str(card).encode()
+    for path, content in files.items():
+        if content:
+            write_file(folder / path, content)
+        else:
+            (folder / path).unlink(missing_ok=True)
     return folder / "README.md"

@@ -1,19 +1,13 @@
-"""Pictures of a Hub repository: score against visual tokens, and a drawing to try the model on."""
+"""The figure of a variant's card: score against visual tokens."""
 
-import itertools
-import math
+import io
 from dataclasses import dataclass
-from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
-
+from delta_llava.errors import UserError
+from modeling_delta_llava.card import PAPER
 from modeling_delta_llava.hub_cards.variants import MISSING, Variant, benchmarks, paper_tables, variants
 
-SCALE = 2  # drawn at twice the size, then reduced: smooth lines
-WIDTH, HEIGHT = 960, 540
-LEFT, RIGHT, TOP, BOTTOM = 90, 30, 70, 75
-INK, FAINT, GRID = "#1f2430", "#6b7280", "#e5e7eb"
-OURS = "#c2410c"
+FAINT, OURS = "#6b7280", "#c2410c"
 OTHERS = ("#2563eb", "#059669", "#7c3aed", "#a16207", "#0891b2")
 
 
@@ -100,123 +94,37 @@ def chart_for(variant: Variant) -> Chart | None:
     return None
 
 
-def _font(size: int) -> ImageFont.ImageFont:
-    return ImageFont.load_default(size * SCALE)
+def draw_chart(chart: Chart) -> bytes:
+    """The chart as a PNG of 960 x 540 pixels.
 
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("the figure of a card needs matplotlib: pip install 'delta-llava[profile]'") from error
 
-class _Canvas:
-    """Maps (log2 of tokens, score) to pixels and draws in the units of the finished picture."""
-
-    def __init__(self, tokens: tuple[int, int], scores: tuple[float, float]):
-        self.image = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), "white")
-        self.draw = ImageDraw.Draw(self.image)
-        self.tokens, self.scores = tokens, scores
-
-    def x(self, tokens: int) -> float:
-        low, high = (math.log2(value) for value in self.tokens)
-        return LEFT + (math.log2(tokens) - low) / (high - low) * (WIDTH - LEFT - RIGHT - 190) + 20
-
-    def y(self, score: float) -> float:
-        low, high = self.scores
-        return HEIGHT - BOTTOM - (score - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
-    def line(self, points: list[tuple[float, float]], colour: str, width: float) -> None:
-        scaled = [(x * SCALE, y * SCALE) for x, y in points]
-        self.draw.line(scaled, fill=colour, width=round(width * SCALE), joint="curve")
-
-    def dashes(self, start: float, end: float, y: float, colour: str) -> None:
-        while start < end:
-            self.line([(start, y), (min(start + 8, end), y)], colour, 1.5)
-            start += 14
-
-    def dot(self, x: float, y: float, radius: float, colour: str, ring: bool = False) -> None:
-        box = [(v) * SCALE for v in (x - radius, y - radius, x + radius, y + radius)]
-        self.draw.ellipse(box, fill="white" if ring else colour, outline=colour, width=2 * SCALE)
-
-    def text(self, x: float, y: float, text: str, size: int, colour: str = INK, anchor: str = "la", halo=0) -> None:
-        """Writes at a point; `halo` is the width of a white rim that keeps the text legible on lines."""
-        place = (x * SCALE, y * SCALE)
-        rim = {"stroke_width": halo * SCALE, "stroke_fill": "white"}
-        self.draw.text(place, text, fill=colour, font=_font(size), anchor=anchor, **rim)
-
-
-def _spread(wanted: list[float], gap: float) -> list[float]:
-    """Positions near the wanted ones, in the same order, at least `gap` apart."""
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    placed = list(wanted)
-    for before, after in itertools.pairwise(order):
-        placed[after] = max(placed[after], placed[before] + gap)
-    overflow = max(placed, default=0) - (HEIGHT - BOTTOM)
-    return [position - max(overflow, 0) for position in placed]
-
-
-def _height_at(line: list[tuple[float, float]], x: float) -> list[float]:
-    """The height of a line through points at `x`; empty when the line does not reach there."""
-    for (x0, y0), (x1, y1) in itertools.pairwise(line):
-        if x0 <= x <= x1:
-            return [y0 + (y1 - y0) * (x - x0) / (x1 - x0)]
-    return []
-
-
-def draw_chart(chart: Chart, path: Path) -> None:
-    """Draws the chart as a PNG of 960 x 540 pixels."""
-    every = [point for series in chart.series for point in series.points] + ([chart.marked] if chart.marked else [])
-    scores = [score for _, score in every] + ([chart.reference[1]] if chart.reference else [])
-    step = next(s for s in (0.5, 1, 2, 5, 10, 20, 50, 100) if (max(scores) - min(scores)) / s <= 7)
-    low = math.floor(min(scores) / step) * step
-    high = math.ceil(max(scores) / step + 0.2) * step
-    ticks = sorted({tokens for tokens, _ in chart.series[0].points} | ({chart.marked[0]} if chart.marked else set()))
-    all_tokens = [tokens for tokens, _ in every]
-    canvas = _Canvas((min(all_tokens), max(all_tokens)), (low, high))
-    canvas.text(LEFT, 22, chart.title, 20)
-    ring = "; the ring marks this variant" if chart.marked else ""
-    canvas.text(LEFT, 47, f"as printed in {chart.sources} of arXiv 2512.18910{ring}", 13, FAINT)
-    end = canvas.x(max(all_tokens)) + 20
-    value = low
-    while value <= high + 1e-9:
-        canvas.line([(LEFT, canvas.y(value)), (end, canvas.y(value))], GRID, 1)
-        canvas.text(LEFT - 10, canvas.y(value), f"{value:g}", 14, FAINT, "rm")
-        value += step
-    for index, tokens in enumerate(ticks):
-        lift = 16 if index and canvas.x(tokens) - canvas.x(ticks[index - 1]) < 26 else 0
-        canvas.text(canvas.x(tokens), HEIGHT - BOTTOM + 10 + lift, str(tokens), 14, FAINT, "ma")
-    canvas.text((LEFT + end) / 2, HEIGHT - 18, "visual tokens per picture (logarithmic)", 14, FAINT, "ms")
-    labels, lines = [], []
-    if chart.reference:
-        y = canvas.y(chart.reference[1])
-        canvas.dashes(LEFT, end, y, FAINT)
-        lines.append([(LEFT, y), (end, y)])
-        labels.append((y, chart.reference[0], FAINT))
+    figure = Figure(figsize=(9.6, 5.4), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
     colours = iter(OTHERS)
     for series in sorted(chart.series, key=lambda entry: entry.main):
-        colour = OURS if series.main else next(colours)
-        points = [(canvas.x(tokens), canvas.y(score)) for tokens, score in series.points]
-        canvas.line(points, colour, 3.5 if series.main else 2)
-        lines.append(points)
-        for x, y in points:
-            canvas.dot(x, y, 5 if series.main else 3.5, colour)
-        labels.append((points[-1][1], series.label, colour))
+        colour, width, size = (OURS, 3, 7) if series.main else (next(colours), 1.8, 4)
+        axes.plot(*zip(*series.points, strict=True), "o-", color=colour, lw=width, ms=size, label=series.label)
+    if chart.reference:
+        axes.axhline(chart.reference[1], color=FAINT, linestyle="--", linewidth=1.5, label=chart.reference[0])
     if chart.marked:
-        x, y = canvas.x(chart.marked[0]), canvas.y(chart.marked[1])
-        canvas.dot(x, y, 9, OURS, ring=True)
-        canvas.dot(x, y, 4, OURS)
-        heights = [height for line in lines for height in _height_at(line, x)]
-        on_line = chart.marked in next(series.points for series in chart.series if series.main)
-        places = (y - 22, y + 22) if on_line else (y + 22,)
-        centre = max(places, key=lambda place: min(abs(place - height) for height in heights))
-        canvas.text(x, centre, f"{chart.marked[1]:g}", 15, OURS, "mm", halo=3)
-    for place, (_, label, colour) in zip(_spread([label[0] for label in labels], 19), labels, strict=True):
-        canvas.text(end + 8, place, label, 14, colour, "lm")
-    canvas.image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(path, optimize=True)
-
-
-def draw_example(path: Path) -> None:
-    """A drawing to ask about: three red circles, two blue squares and a yellow triangle; PNG of 336 x 336 pixels."""
-    image = Image.new("RGB", (336 * SCALE, 336 * SCALE), "#f8fafc")
-    draw = ImageDraw.Draw(image)
-    for x, y in ((70, 80), (170, 60), (270, 90)):
-        draw.ellipse([(v) * SCALE for v in (x - 35, y - 35, x + 35, y + 35)], fill="#dc2626")
-    for x, y in ((90, 240), (250, 250)):
-        draw.rectangle([(v) * SCALE for v in (x - 38, y - 38, x + 38, y + 38)], fill="#2563eb")
-    draw.polygon([(v) * SCALE for v in (170, 150, 130, 215, 210, 215)], fill="#facc15")
-    image.resize((336, 336), Image.Resampling.LANCZOS).save(path, optimize=True)
+        tokens, score = chart.marked
+        axes.plot(tokens, score, "o", color=OURS, ms=15, mfc="none", mew=2, label=f"this variant: {score:g}")
+    ticks = sorted({tokens for series in chart.series for tokens, _ in series.points} | {*(chart.marked or ())[:1]})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, list(map(str, ticks)))
+    axes.set_xlabel("visual tokens per picture (logarithmic)")
+    axes.set_title(f"{chart.title}\nas printed in {chart.sources} of arXiv {PAPER['arxiv']}", loc="left", fontsize=12)
+    axes.grid(axis="y", color="#e5e7eb")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.minorticks_off()
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Software": None})
+    return picture.getvalue()

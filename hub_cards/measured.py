@@ -3,14 +3,13 @@
 import json
 import math
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from delta_llava.errors import UserError
 from modeling_delta_llava.foreign_code import RESULTS_FOLDER
-from modeling_delta_llava.hub_cards.scan import secret_in
+from modeling_delta_llava.hub_cards.contents import secret_in
 from modeling_delta_llava.hub_cards.variants import benchmarks
 
 
@@ -40,36 +39,34 @@ class Measurement:
 
 
 def _dataset_of(task: str) -> str | None:
-    """Hub data set of an lmms-eval task: `vizwiz_vqa_val` -> lmms-lab/VizWiz-VQA."""
-    for benchmark in benchmarks().values():
-        if task == benchmark["task_id"] or task.startswith(benchmark["task_id"] + "_"):
-            return benchmark["dataset"]
-    return None
+    """Hub data set of an lmms-eval task, by its exact name: `gqa_ru` is not GQA."""
+    return next((entry["dataset"] for entry in benchmarks().values() if task in entry["tasks"]), None)
 
 
 def _scores(path: Path, default_tokens: int) -> Iterator[Measurement]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        results = data["results"].items()
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it has no results"
-        raise UserError(f"{path} is no result file of lmms-eval ({reason}): give its *_results.json") from error
-    arguments = str((data.get("config") or {}).get("model_args") or "")
+        results = [(task, *found) for task, values in data["results"].items() for found in values.items()]
+        arguments = str((data.get("config") or {}).get("model_args") or "")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it has no results"
+        raise UserError(f"{path} is no result file of lmms-eval ({why}): give its *_results.json") from error
     asked = re.search(r"num_visual_tokens['\"]?\s*[=:]\s*(\d+)", arguments)
     tokens = int(asked[1]) if asked else default_tokens
     date = re.match(r"(\d{4})(\d{2})(\d{2})_", path.name)
     day = "-".join(date.groups()) if date else None
-    for task, values in results:
-        for key, value in values.items():
-            metric = key.split(",")[0]
-            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if is_number and "," in key and not metric.endswith("_stderr"):
-                file = f"{RESULTS_FOLDER}/{path.name}"
-                yield Measurement(task, metric, float(value), tokens, file, _dataset_of(task), day)
+    for task, key, value in results:
+        metric = key.split(",")[0]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if is_number and "," in key and not metric.endswith("_stderr"):
+            file = f"{RESULTS_FOLDER}/{path.name}"
+            yield Measurement(task, metric, float(value), tokens, file, _dataset_of(task), day)
 
 
-def read_measurements(folder: Path, results: Sequence[Path], default_tokens: int) -> list[Measurement]:
-    """Scores of the given result files, which are copied into the folder, and of those that it holds already.
+def read_measurements(
+    folder: Path, results: Sequence[Path], default_tokens: int
+) -> tuple[list[Measurement], dict[str, bytes]]:
+    """Scores of the given result files and of those that the folder holds already; and what to copy into the folder.
 
     Args:
         folder: a Hub folder; its result files lie in `eval/`.
@@ -78,13 +75,9 @@ def read_measurements(folder: Path, results: Sequence[Path], default_tokens: int
     Raises:
         UserError: a file is not what lmms-eval writes, or holds a secret.
     """
-    target = folder / RESULTS_FOLDER
+    files = {path.name: path for path in [*sorted((folder / RESULTS_FOLDER).glob("*.json")), *results]}
+    measured = [entry for name in sorted(files) for entry in _scores(files[name], default_tokens)]
     for path in results:
-        list(_scores(path, default_tokens))
-        secret = secret_in(path)
-        if secret:
+        if secret := secret_in(path):
             raise UserError(f"{path} holds {secret}: take it out before the file is copied into {folder}")
-        target.mkdir(exist_ok=True)
-        if path.resolve() != (target / path.name).resolve():
-            shutil.copyfile(path, target / path.name)
-    return [entry for path in sorted(target.glob("*.json")) for entry in _scores(path, default_tokens)]
+    return measured, {f"{RESULTS_FOLDER}/{path.name}": path.read_bytes() for path in results}

@@ -1,31 +1,43 @@
 """Publishes Hub folders: preflight, one commit that resumes, a check of what the Hub then holds, a tag, a collection.
 
-The traffic itself is in `transfer`, which runs as a process of its own (see there).
+Everything happens in one commit, so that a revision on the Hub is either whole or absent.
 """
 
-import json
-import subprocess
-import sys
-import threading
+import logging
+import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from delta_llava.errors import UserError
-from delta_llava.manifest import as_json
-from delta_llava.redaction import holds_secret
-from delta_llava.transfer import MAIN, PULL_REQUEST, Report, Request
-from modeling_delta_llava.hub_cards.metadata import check_reference, check_repository
-from modeling_delta_llava.hub_cards.preflight import Preflight, preflight
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    get_session,
+    hf_hub_url,
+    hf_raise_for_status,
+)
+from huggingface_hub.utils import build_hf_headers
+from huggingface_hub.utils import logging as hub_logging
 
+from delta_llava.errors import UserError
+from delta_llava.redaction import ScrubbedRecords, holds_secret, scrub
+from modeling_delta_llava.hub import ATTEMPTS, HUB_ERRORS, call, hub_api, pause, request_of, status_of
+from modeling_delta_llava.hub_cards.contents import Difference, FileHash, compare
+from modeling_delta_llava.hub_cards.metadata import check_reference, check_repository
+from modeling_delta_llava.hub_cards.preflight import Preflight, preflight, refresh_code
+
+MAIN = "main"
+PULL_REQUEST = "refs/pr/"
 COLLECTION_TITLE = "Delta-LLaVA"
-HOUR = 3600.0
+NAMES_SHOWN = 3
+# Folders beside models that are none: hidden ones, `_base` of a finetuning run, its checkpoints.
+NO_MODEL = re.compile(r"[._].*|checkpoint-\d+")
 
 
 @dataclass(frozen=True)
 class PublishOptions:
-    """How to publish. Times in seconds.
+    """How to publish.
 
     Attributes:
         private: create the repository as a private one.
@@ -36,11 +48,10 @@ class PublishOptions:
         message: commit message.
         licence: licence identifier, for a card that states none.
         exclude: patterns of paths to leave out.
-        dry_run: check everything, send nothing.
+        include: paths of files that a model repository does not usually hold.
+        refresh_code: first write this package's code into a folder of an earlier release.
+        dry_run: check everything, send nothing and write nothing.
         load: load the folder in a fresh process before publishing.
-        time_limit: for each folder, of all that follows the preflight.
-        attempts: of each request to the Hub.
-        retry_wait: before the second attempt; doubles with each one.
     """
 
     private: bool = False
@@ -50,76 +61,302 @@ class PublishOptions:
     collection: str | None = None
     message: str | None = None
     licence: str | None = None
-    exclude: Sequence[str] = field(default_factory=tuple)
+    exclude: Sequence[str] = ()
+    include: Sequence[str] = ()
+    refresh_code: bool = False
     dry_run: bool = False
     load: bool = True
-    time_limit: float = 12 * HOUR
-    attempts: int = 4
-    retry_wait: float = 2.0
 
 
-def run_worker(order: dict, time_limit: float, say: Callable[[str], None]) -> dict:
-    """Runs `transfer` on an order and returns its last event.
+@dataclass(frozen=True)
+class Report:
+    """What came of it: `commit` holds exactly the local files, besides `kept` ones that only the Hub has."""
+
+    url: str
+    revision: str
+    commit: str | None
+    added: list[str]
+    deleted: list[str]
+    kept: list[str]
+    size: int
+    seconds: float = 0.0
+    pull_request: str | None = None
+    tag: str | None = None
+
+
+class Publication:
+    """One folder on its way to one repository. `say` receives one-line notes on what is being done."""
+
+    def __init__(self, checked: Preflight, repo_id: str, options: PublishOptions, say: Callable[[str], None]):
+        self.checked, self.repo_id, self.options = checked, repo_id, options
+        self.say = lambda text: say(scrub(text))
+        self.api = hub_api()
+
+    def call(self, doing, function):
+        return call(doing, self.repo_id, function, self.say)
+
+    # Looking at the Hub.
+
+    def remote(self, revision: str) -> tuple[str, list[FileHash]]:
+        """Commit and files of a revision."""
+        info = self.call(
+            f"listing {revision}",
+            lambda: self.api.model_info(self.repo_id, revision=revision, files_metadata=True),
+        )
+        files = [
+            FileHash(
+                sibling.rfilename,
+                sibling.size or 0,
+                oid="" if sibling.lfs else sibling.blob_id or "",
+                sha256=sibling.lfs.sha256 if sibling.lfs else "",
+            )
+            for sibling in info.siblings or []
+        ]
+        return info.sha, files
+
+    def refs(self, doing: str):
+        return self.call(doing, lambda: self.api.list_repo_refs(self.repo_id))
+
+    def exists(self) -> bool:
+        def ask() -> bool:
+            try:
+                info = self.api.model_info(self.repo_id)
+            except HUB_ERRORS as error:
+                if status_of(error) == 404:
+                    return False
+                raise
+            if self.options.private and not info.private:
+                raise UserError(
+                    f"{self.repo_id}: the repository exists and is public: make it private in its settings first, "
+                    "or leave out --private"
+                )
+            return True
+
+        return self.call("looking for the repository", ask)
+
+    def check_tag(self, head: str, difference: Difference) -> bool:
+        """Whether the tag is there already, on this very content. Raises when it points anywhere else."""
+        tag = self.options.tag
+        target = next((ref.target_commit for ref in self.refs("listing tags").tags if ref.name == tag), None)
+        if target is None:
+            return False
+        if target == head and difference.empty:
+            return True
+        raise UserError(
+            f"{self.repo_id}: tag {tag!r} already points to commit {target[:8]}, not to what would be published: "
+            f"choose another tag, or remove it with `hf repos tag delete {self.repo_id} {tag}`"
+        )
+
+    def check_pinned(self) -> None:
+        """Makes sure that the revision which the card tells readers to load will exist."""
+        name, options = self.checked.pinned, self.options
+        if name in (None, MAIN, options.tag, options.revision) or options.create_pr:
+            return
+        refs = self.refs("listing tags") if self.exists() else None
+        if refs is None or name not in [ref.name for ref in (*refs.tags, *refs.branches)]:
+            raise UserError(
+                f"{self.repo_id}: the snippets in README.md load revision {name!r}, which would not exist: "
+                f"publish with --tag {name}, or write the card with another --revision"
+            )
+
+    def matching_pull_request(self) -> tuple[str, str] | None:
+        """Reference and commit of an open pull request that already holds exactly the local files."""
+        filters = {"discussion_type": "pull_request", "discussion_status": "open"}
+        opened = self.call(
+            "listing pull requests", lambda: list(self.api.get_repo_discussions(self.repo_id, **filters))
+        )
+        for discussion in opened:
+            reference = f"{PULL_REQUEST}{discussion.num}"
+            sha, files = self.remote(reference)
+            if compare(self.checked.files, files).empty:
+                return reference, sha
+        return None
+
+    # Changing it.
+
+    def prepare(self) -> bool:
+        """Makes sure that the repository and the branch exist. False in a dry run when they do not."""
+        options, revision = self.options, self.options.revision
+        if not self.exists():
+            if options.dry_run:
+                return False
+            self.call(
+                "creating the repository",
+                lambda: self.api.create_repo(self.repo_id, private=options.private, exist_ok=True),
+            )
+            self.say(f"created {'private ' if options.private else ''}repository {self.repo_id}")
+        if revision == MAIN or revision.startswith(PULL_REQUEST):
+            return True
+        refs = self.refs("listing branches")
+        if any(ref.name == revision for ref in refs.tags):
+            raise UserError(f"{self.repo_id}: --revision {revision!r} is a tag: name a branch to commit to")
+        if not any(ref.name == revision for ref in refs.branches):
+            if options.dry_run:
+                return False
+            self.call(
+                "creating the branch",
+                lambda: self.api.create_branch(self.repo_id, branch=revision, exist_ok=True),
+            )
+        return True
+
+    def commit(self, difference: Difference, head: str) -> tuple[str, str]:
+        """Commits the difference on top of `head`; reference and commit.
+
+        An attempt whose answer was lost may have been applied: the Hub is looked at before the next one. When
+        somebody else commits meanwhile, the attempt is repeated on their commit as long as it leaves our files alone.
+        """
+        options = self.options
+        for attempt in range(1, ATTEMPTS + 1):
+            operations = [CommitOperationDelete(path_in_repo=path) for path in difference.delete]
+            operations += [CommitOperationAdd(file.path, self.checked.sources[file.path]) for file in difference.add]
+            try:
+                info = self.api.create_commit(
+                    self.repo_id,
+                    operations,
+                    commit_message=options.message or f"Upload {self.repo_id.split('/')[1]}",
+                    revision=options.revision,
+                    create_pr=options.create_pr,
+                    parent_commit=head,
+                )
+            except HUB_ERRORS as error:
+                if status_of(error) == 412 and attempt < ATTEMPTS:
+                    head = self.rebase(head, difference)
+                    continue
+                # What comes before the commit itself, the client has repeated.
+                is_last = "/commit/" not in request_of(error)
+                pause(error, "uploading", self.repo_id, ATTEMPTS if is_last else attempt, self.say)
+                if options.create_pr:
+                    if found := self.matching_pull_request():
+                        return found
+                    continue
+                now, files = self.remote(options.revision)
+                difference = compare(self.checked.files, files)
+                if difference.empty:
+                    return options.revision, now
+                if now != head:
+                    head = self.rebase(head, difference)
+            else:
+                return info.pr_revision or options.revision, info.oid
+        raise AssertionError("the last attempt returns or raises")
+
+    def rebase(self, old: str, difference: Difference) -> str:
+        """The present head, if nothing that we are about to change has changed since `old`."""
+        ours = {file.path for file in difference.add} | set(difference.delete)
+        before = {file.path: file for file in self.remote(old)[1]}
+        now, files = self.remote(self.options.revision)
+        after = {file.path: file for file in files}
+        changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+        if clash := sorted(changed & ours):
+            raise UserError(
+                f"{self.repo_id}: somebody else has changed {', '.join(clash[:NAMES_SHOWN])} in commit {now[:8]} "
+                "meanwhile: look at it, then run the same command again to publish over it"
+            )
+        self.say(f"somebody else has committed ({now[:8]}), not touching these files: going on top of it")
+        return now
+
+    def difference_at(self, commit: str) -> Difference:
+        """What the Hub holds against what was sent: names, sizes, hashes, and the code byte by byte."""
+        difference = compare(self.checked.files, self.remote(commit)[1])
+        if not difference.empty:
+            return difference
+        sources = self.checked.sources
+        code = [file for file in self.checked.files if file.path.endswith(".py")]
+        wrong = [file for file in code if self.read_back(file.path, commit) != sources[file.path].read_bytes()]
+        return Difference(tuple(wrong), (), difference.kept)
+
+    def read_back(self, path: str, commit: str) -> bytes:
+        url = hf_hub_url(self.repo_id, path, revision=commit, endpoint=self.api.endpoint)
+
+        def get() -> bytes:
+            response = get_session().get(url, headers=build_hf_headers())
+            hf_raise_for_status(response)
+            return response.content
+
+        return self.call(f"reading back {path}", get)
+
+    def set_tag(self, commit: str) -> None:
+        def create() -> None:
+            try:
+                self.api.create_tag(self.repo_id, tag=self.options.tag, revision=commit)
+            except HUB_ERRORS as error:
+                if status_of(error) != 409:
+                    raise
+                self.check_tag(commit, Difference())  # ours, with its answer lost, or somebody else's
+
+        self.call(f"setting tag {self.options.tag}", create)
+
+    def run(self) -> Report:
+        options, started = self.options, time.monotonic()
+        self.say(f"publishing as {self.call('checking the token', self.api.whoami).get('name')}")
+        url = scrub(f"{self.api.endpoint}/{self.repo_id}")
+        self.check_pinned()
+        head, files = self.remote(options.revision) if self.prepare() else (None, [])
+        difference = compare(self.checked.files, files)
+        added, deleted = [file.path for file in difference.add], list(difference.delete)
+        tagged = self.check_tag(head, difference) if options.tag and head else False
+        if options.dry_run:
+            return Report(url, options.revision, head, added, deleted, list(difference.kept), difference.size)
+        reference, commit = options.revision, head
+        found = self.matching_pull_request() if options.create_pr and not difference.empty else None
+        if found:
+            (reference, commit), added, deleted = found, [], []
+        elif not difference.empty:
+            self.say(f"uploading {len(added)} files, {difference.size / 1e9:.3f} GB, in one commit")
+            reference, commit = self.commit(difference, head)
+        wrong = self.difference_at(commit)
+        if not wrong.empty and reference == options.revision:
+            self.say("the Hub holds other bytes than were sent: sending those once more")
+            commit = self.commit(wrong, self.remote(reference)[0])[1]
+            wrong = self.difference_at(commit)
+        if not wrong.empty:
+            names = [*(file.path for file in wrong.add), *wrong.delete][:NAMES_SHOWN]
+            raise UserError(
+                f"{self.repo_id}: commit {commit[:8]} does not hold the local bytes of {', '.join(names)}: no tag was "
+                "set; check that nothing writes to the folder, then run the same command again"
+            )
+        if options.tag and not tagged:
+            self.set_tag(commit)
+        pull_request = None
+        if options.create_pr and reference.startswith(PULL_REQUEST):
+            pull_request = f"{url}/discussions/{reference.removeprefix(PULL_REQUEST)}"
+        return Report(
+            url,
+            reference,
+            commit,
+            added,
+            deleted,
+            list(wrong.kept),
+            difference.size,
+            time.monotonic() - started,
+            pull_request,
+            options.tag,
+        )
+
+
+def gather(repo_ids: Sequence[str], name: str, say: Callable[[str], None]) -> str:
+    """Puts repositories of one namespace into a collection, made if need be; its address. Raises `UserError`.
 
     Args:
-        order: `{"request": ...}`, with "collection" and "repo_ids" to gather repositories instead.
-        time_limit: seconds after which the process is ended.
-        say: receives its notes.
-
-    Raises:
-        UserError: the worker's own line, or that it was ended or died.
+        name: title of a collection of the namespace, or a slug ("namespace/title-0123...").
     """
-    repo_id = order["request"]["repo_id"]
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "delta_llava.transfer"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    )
-    expired = threading.Event()
+    api, namespace = hub_api(), repo_ids[0].split("/")[0]
 
-    def end() -> None:
-        expired.set()
-        worker.kill()
+    def do(doing, function):
+        return call(doing, repo_ids[0], function, say)
 
-    timer = threading.Timer(time_limit, end)
-    timer.daemon = True
-    timer.start()
-    event: dict = {}
-    try:
-        # Standard input stays open: its end tells the worker that this process has gone.
-        worker.stdin.write(json.dumps(order) + "\n")
-        worker.stdin.flush()
-        for line in worker.stdout:
-            event = json.loads(line)
-            if event["event"] == "note":
-                say(event["text"])
-        worker.wait()
-    except BrokenPipeError:
-        worker.wait()
-    finally:
-        timer.cancel()
-        if worker.poll() is None:
-            worker.kill()
-            worker.wait()
-        worker.stdin.close()
-        worker.stdout.close()
-    if event.get("event") == "error":
-        raise UserError(event["line"])
-    if worker.returncode != 0:
-        print(file=sys.stderr)  # it died in the middle of a progress bar
-    if expired.is_set():
-        raise UserError(
-            f"{repo_id}: not done within {time_limit:.0f} s: run the same command again, with a longer --time-limit; "
-            "what the Hub holds is not resent"
+    slug = name if "/" in name else None
+    if slug is None:
+        owned = do("listing collections", lambda: list(api.list_collections(owner=namespace)))
+        slug = next((collection.slug for collection in owned if collection.title == name), None)
+    if slug is None:
+        made = do("creating the collection", lambda: api.create_collection(name, namespace=namespace, exists_ok=True))
+        slug = made.slug
+    for repo_id in repo_ids:
+        do(
+            "adding to the collection",
+            lambda item=repo_id: api.add_collection_item(slug, item, item_type="model", exists_ok=True),
         )
-    if event.get("event") not in ("report", "collection"):
-        raise UserError(
-            f"{repo_id}: the uploading process ended with status {worker.returncode}: run the same command again; "
-            "what the Hub holds is not resent"
-        )
-    return event
+    return scrub(f"{api.endpoint}/collections/{slug}")
 
 
 def check_options(repo_id: str, options: PublishOptions) -> None:
@@ -135,44 +372,24 @@ def check_options(repo_id: str, options: PublishOptions) -> None:
         raise UserError("--create-pr opens a pull request against main: leave out --revision")
     if options.tag and options.revision.startswith(PULL_REQUEST):
         raise UserError("--tag and a pull request do not go together: set the tag once it is merged")
-    if options.time_limit <= 0 or options.attempts < 1 or options.retry_wait < 0:
-        raise UserError("--time-limit and --attempts must be positive")
+    if options.refresh_code and options.dry_run:
+        raise UserError("--refresh-code writes into the folder, --dry-run writes nothing: leave out one of them")
 
 
-def _request(checked: Preflight, repo_id: str, options: PublishOptions) -> Request:
-    return Request(
-        folder=str(checked.folder.resolve()),
-        repo_id=repo_id,
-        files=as_json(checked.files),
-        private=options.private,
-        revision=options.revision,
-        tag=options.tag,
-        create_pr=options.create_pr,
-        message=options.message or f"Upload {repo_id.split('/')[1]}",
-        pinned=list(checked.pinned),
-        dry_run=options.dry_run,
-        attempts=options.attempts,
-        retry_wait=options.retry_wait,
-    )
+def _checked(folder: Path, repo_id: str, options: PublishOptions, say: Callable[[str], None]) -> Preflight:
+    if options.refresh_code:
+        refresh_code(folder)
+    return preflight(folder, repo_id, options.licence, options.exclude, options.include, options.load, say)
 
 
 def publish_checked(
     checked: Preflight, repo_id: str, options: PublishOptions, say: Callable[[str], None] = lambda text: None
 ) -> Report:
     """Publishes a folder that has passed the preflight. Raises `UserError`."""
-    request = asdict(_request(checked, repo_id, options))
-    event = run_worker({"request": request}, options.time_limit, say)
-    del event["event"]
-    return Report(**event)
-
-
-def gather(
-    repo_ids: Sequence[str], collection: str, options: PublishOptions, say: Callable[[str], None] = lambda text: None
-) -> str:
-    """Puts repositories of one namespace into a collection; its address. Raises `UserError`."""
-    request = asdict(Request(folder="", repo_id=repo_ids[0], attempts=options.attempts, retry_wait=options.retry_wait))
-    order = {"request": request, "collection": collection, "repo_ids": list(repo_ids)}
-    return run_worker(order, options.time_limit, say)["url"]
+    hub_logging.get_logger()
+    for handler in logging.getLogger("huggingface_hub").handlers:
+        handler.addFilter(ScrubbedRecords())
+    return Publication(checked, repo_id, options, say).run()
 
 
 def publish(
@@ -195,10 +412,9 @@ def publish(
     """
     options = options or PublishOptions()
     check_options(repo_id, options)
-    checked = preflight(folder, repo_id, options.licence, options.exclude, options.load, options.time_limit, say)
-    report = publish_checked(checked, repo_id, options, say)
+    report = publish_checked(_checked(Path(folder), repo_id, options, say), repo_id, options, say)
     if options.collection and not options.dry_run:
-        say(f"in collection {gather([repo_id], options.collection, options, say)}")
+        say(f"in collection {gather([repo_id], options.collection, say)}")
     return report
 
 
@@ -210,32 +426,33 @@ def publish_all(
 ) -> list[Report]:
     """Publishes every Hub folder inside `folder` as namespace/NAME-OF-THE-FOLDER and gathers them in a collection.
 
-    All folders pass the preflight before the first is sent. Names with a leading underscore are left out, such as
-    `_base` of a finetuning run.
+    All folders pass the preflight before the first is sent. Left out are hidden folders, names with a leading
+    underscore such as `_base` of a finetuning run, and checkpoints (`checkpoint-N`).
 
     Raises:
         UserError: as [`publish`]; also when there is no Hub folder inside.
     """
     options = options or PublishOptions()
-    folder = Path(folder)
-    folders = sorted(file.parent for file in folder.glob("[!_]*/config.json"))
+    folders = [file.parent for file in sorted(Path(folder).glob("*/config.json"))]
+    folders = [entry for entry in folders if not NO_MODEL.fullmatch(entry.name)]
     if not folders:
-        raise UserError(f"{folder} holds no Hub folders (no folder with a config.json and a name without leading _)")
+        raise UserError(
+            f"{folder} holds no Hub folders (no folder with a config.json; names with a leading . or _ and "
+            "checkpoint-N do not count)"
+        )
     repo_ids = [f"{namespace}/{entry.name}" for entry in folders]
     for repo_id in repo_ids:
         check_options(repo_id, options)
     checked = []
     for entry, repo_id in zip(folders, repo_ids, strict=True):
         say(f"checking {entry.name}")
-        checked.append(
-            preflight(entry, repo_id, options.licence, options.exclude, options.load, options.time_limit, say)
-        )
+        checked.append(_checked(entry, repo_id, options, say))
     reports = []
     for entry, repo_id in zip(checked, repo_ids, strict=True):
         reports.append(publish_checked(entry, repo_id, options, say))
         say(describe(reports[-1], options.dry_run))
     if not options.dry_run:
-        say(f"in collection {gather(repo_ids, options.collection or COLLECTION_TITLE, options, say)}")
+        say(f"in collection {gather(repo_ids, options.collection or COLLECTION_TITLE, say)}")
     return reports
 
 

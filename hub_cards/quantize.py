@@ -5,26 +5,25 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from delta_llava.errors import UserError
-from modeling_delta_llava.folders import check_output_folder
+from delta_llava.errors import UserError, reason
+from modeling_delta_llava.card import SKIP_MODULES, load_card, state_of
+from modeling_delta_llava.folders import atomic_folder, check_output, check_space
 from modeling_delta_llava.foreign_code import refuse_foreign_code
-from modeling_delta_llava.hub_cards.card import DEFAULT_REVISION, SKIP_MODULES, read_config, write_card
-from modeling_delta_llava.hub_cards.metadata import check_repository, load_card, snippet_repositories
+from modeling_delta_llava.hub_cards.card import DEFAULT_REVISION, read_config, write_card
+from modeling_delta_llava.hub_cards.contents import list_files, problem_of
+from modeling_delta_llava.hub_cards.metadata import check_repository
+from modeling_delta_llava.json_files import read_json
 
-PLACEHOLDER = "YOUR_NAME/"
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-LEFT_OUT = (".eval_results", "config.json", "scores.png", "eval")  # said of the full weights, or written anew
+# Said of the full weights, or written anew.
+NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", ".eval_results", "config.json", "scores.png", "eval")
 
 
 def _source_repository(folder: Path) -> str | None:
-    """The repository that the source folder is published as, from the snippets of its card."""
-    if not (folder / "README.md").is_file():
-        return None
+    """The repository that the source folder is published as, if its card says so."""
     try:
-        names = snippet_repositories(load_card(folder).text)
-    except ValueError:
+        return state_of(load_card(folder)).get("repo_id")
+    except (OSError, ValueError):
         return None
-    return next((name for name in names if not name.startswith(PLACEHOLDER)), None)
 
 
 def _check(folder: Path, output: Path, bits: int, base_model: str | None, repo_id: str | None) -> str:
@@ -38,18 +37,20 @@ def _check(folder: Path, output: Path, bits: int, base_model: str | None, repo_i
     if "quantization_config" in config:
         raise UserError(f"{folder} is quantised already: give the folder it was made from")
     refuse_foreign_code(folder)
-    check_output_folder(output, str(output), "is not empty", is_ours=False)
+    check_output(output, {"FOLDER": folder}, overwrite=False)
     known = base_model or _source_repository(folder)
     if known is None:
         raise UserError(
             f"the Hub id of the model in {folder} is not known, and the card must name it: give --base-model "
             "NAMESPACE/NAME, or write the source's card with --repo-id"
         )
+    # Room for the half of 16 bits, and for what is not quantised.
+    check_space(output, sum(file.stat().st_size for file in folder.glob("*.safetensors")) * bits // 12)
     try:
         import bitsandbytes  # noqa: F401 (transformers needs it)
     except ImportError as error:
         raise UserError(
-            f'bitsandbytes cannot be imported ({error}): pip install "delta-llava[quantization]"'
+            f'bitsandbytes cannot be imported ({reason(error)}): pip install "delta-llava[quantization]"'
         ) from error
     return known
 
@@ -80,7 +81,7 @@ def quantize(
 
     Raises:
         UserError: bitsandbytes is missing, the source is no Delta-LLaVA folder or brings code that is not this
-            package's, or `output` is not empty or no place for a model.
+            package's, or `output` exists or is no place for a model.
     """
     folder, output = Path(folder), Path(output)
     base = _check(folder, output, bits, base_model, repo_id)
@@ -107,19 +108,21 @@ def quantize(
         quantization_config=BitsAndBytesConfig(**options),
         device_map={"": where},
     )
-    output.mkdir(parents=True, exist_ok=True)
-    # Everything but the weights is the source's; what saving writes as well goes on top.
-    ignored = shutil.ignore_patterns(*WEIGHTS, *LEFT_OUT)
-    shutil.copytree(folder, output, ignore=ignored, dirs_exist_ok=True)
-    model.save_pretrained(output)
-    _keep_portable(output)
-    write_card(output, repo_id=repo_id, revision=revision, base_models=[base])
+    with atomic_folder(output) as building:
+        # Everything but the weights is the source's, as far as a repository holds it; what saving writes goes on top.
+        for path in list_files(folder, NOT_COPIED):
+            if problem_of(folder, path) is None:
+                (building / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / path, building / path)
+        model.save_pretrained(building)
+        _keep_portable(building)
+        write_card(building, repo_id=repo_id, revision=revision, base_models=[base], name=output.name)
     return output
 
 
 def _keep_portable(output: Path) -> None:
     """Takes out of config.json what only held on the machine that quantised: the path of the source."""
     path = output / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     config.pop("_name_or_path", None)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 Figures live in `paper_tables.yaml` alone, variants in `variants.yaml`; a variant names the rows that belong to it.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,8 @@ from delta_llava.errors import UserError
 FOLDER = Path(__file__).parent
 MISSING = "–"
 PROVENANCES = ("released", "reconstructed", "ours")
+MAIN_BENCHMARKS = ("GQA", "POPE")
+"""Those that a list shows where not all of them fit."""
 PARTS = ("architecture", "recipe", "prompt_format", "weights")
 UNCOMPRESSED_TOKENS = "576"
 """Every published figure at this budget is LLaVA-1.5's own."""
@@ -35,6 +38,10 @@ class Row:
     def tokens(self) -> str:
         """Visual tokens as printed ("36", "~32"), or "" when the table has no such column."""
         return self.cells.get("tokens", "")
+
+    def values(self, columns: Sequence[str]) -> list[str]:
+        """The printed texts of some columns, dashes where there is none."""
+        return [self.cells.get(name, MISSING) for name in columns]
 
     @property
     def source(self) -> str:
@@ -169,14 +176,8 @@ def paper_tables() -> dict[str, Table]:
 
 
 @cache
-def paper() -> dict[str, str]:
-    """Title, authors and addresses of the paper and of the authors' code."""
-    return _read("variants.yaml")["paper"]
-
-
-@cache
-def benchmarks() -> dict[str, dict[str, str]]:
-    """Hub data set, task and metric of each column of the tables, by the name of the column."""
+def benchmarks() -> dict[str, dict[str, Any]]:
+    """Hub data set, tasks and metric of each column of the tables, by the name of the column."""
     return _read("variants.yaml")["benchmarks"]
 
 
@@ -226,33 +227,27 @@ def get_variant(name: str) -> Variant:
     raise UserError(f"no variant is called {name!r}: {hint}`delta-llava variants` lists them all")
 
 
-def variants_table(benchmark_columns: bool = True) -> str:
-    """The variants as a Markdown table: budget, provenance of the weights, and each published score with its table."""
-    names = [name for name in benchmarks() if any(name in row.scores for v in variants().values() for row in v.rows)]
-    header = ["variant", "language model", "vision tower", "tokens", "weights", *(names if benchmark_columns else [])]
-    lines = ["| " + " | ".join([*header, "source"]) + " |", "|" + " --- |" * (len(header) + 1)]
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def variants_table(benchmark_columns: Sequence[str], sources: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table of the variants: budget, provenance of the weights, scores and where they are from."""
+    head = ["variant", "tokens", "weights", *benchmark_columns, *["source"] * sources]
+    rows = []
     for variant in variants().values():
         scores = {score.benchmark: score.text for score in variant.scores}
-        sources = ", ".join(dict.fromkeys(score.source for score in variant.scores)) or "no published score"
-        cells = [
-            variant.name,
-            variant.backbone.id,
-            variant.tower.id,
-            str(variant.num_visual_tokens),
-            variant.provenance["weights"],
-            *([scores.get(name, MISSING) for name in names] if benchmark_columns else []),
-            sources,
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        tables = ", ".join(dict.fromkeys(score.source for score in variant.scores)) or MISSING
+        cells = [variant.name, str(variant.num_visual_tokens), variant.provenance["weights"]]
+        rows.append([*cells, *(scores.get(name, MISSING) for name in benchmark_columns), *[tables] * sources])
+    return head, rows
 
 
 def ablation_table() -> str:
     """Table 3 of the paper as Markdown, as docs/paper.md quotes it."""
     table = paper_tables()["3"]
-    lines = ["| " + " | ".join(table.columns) + " |", "|" + " --- |" * len(table.columns)]
-    lines += ["| " + " | ".join(row.cells.values()) + " |" for row in table.rows]
-    return "\n".join(lines)
+    return markdown(table.columns, [[*row.cells.values()] for row in table.rows])
 
 
 def variant_record(variant: Variant) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def check_code(folder: Path) -> None:
             raise UserError(f"{copy} is missing: let `delta-llava convert` write the folder anew")
         if copy.read_bytes() != path.read_bytes():
             raise UserError(
-                f"{copy} differs from this version of the package: let `delta-llava convert` write the folder anew"
+                f"{copy} differs from this version of the package: publish the folder with --refresh-code, or let "
+                "`delta-llava convert` write it anew"
             )
 
 

@@ -13,19 +13,20 @@ import re
 import shlex
 import shutil
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from huggingface_hub import constants
 from PIL import Image
 from transformers import dynamic_module_utils
 
-from delta_llava import cli, transfer
+from delta_llava import cli
 from modeling_delta_llava.conversion.convert import convert
-from modeling_delta_llava.conversion.verify import passed, verify
+from modeling_delta_llava.conversion.verify import passed
+from modeling_delta_llava.conversion.verify import verify as verify_folder
 from modeling_delta_llava.finetuning.arguments import load_arguments
-from modeling_delta_llava.hub_cards import preflight, publish
+from modeling_delta_llava.hub_cards import preflight
 from modeling_delta_llava.hub_cards.card import write_card
 from tests.hub_cards.local_hub import LocalHub
 from tests.training_layout import (
@@ -160,25 +161,17 @@ def place(originals, tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        # Publishing starts a process for each of its steps, which tests/hub_cards tries. Here the same runs without.
-        monkeypatch.setattr(preflight, "check_weights", check_weights_here)
-        monkeypatch.setattr(publish, "run_worker", send_here)
+        # Publishing checks a folder in a process of its own, which tests/hub_cards tries. Here the same runs without.
+        monkeypatch.setattr(preflight, "check_in_process", check_here)
+        huggingface_hub.close_session()
         yield folder
     forget_remote_code()
 
 
-def check_weights_here(folder: Path, time_limit: float | None = None) -> None:
-    assert passed(verify(folder, progress=False))
-
-
-def send_here(order: dict, time_limit: float, say) -> dict:
-    request = transfer.Request(**order["request"])
-    sent = transfer.Transfer(request, say)
-    if "collection" not in order:
-        return {"event": "report", **asdict(sent.run())}
-    namespace = request.repo_id.split("/")[0]
-    slug = transfer.add_to_collection(sent.api, order["collection"], namespace, order["repo_ids"], sent.call)
-    return {"event": "collection", "slug": slug, "url": f"{sent.api.endpoint}/collections/{slug}"}
+def check_here(folder: Path, load: bool, verify: bool) -> dict:
+    assert not load
+    assert passed(verify_folder(folder, progress=False))
+    return {}
 
 
 def forget_remote_code() -> None:

@@ -17,7 +17,7 @@ from delta_llava.errors import UserError
 from delta_llava.redaction import ScrubbedRecords, scrub
 from modeling_delta_llava.finetuning.arguments import build_arguments
 from modeling_delta_llava.finetuning.run import prepare
-from modeling_delta_llava.hub_cards.scan import secret_in
+from modeling_delta_llava.hub_cards.contents import secret_in
 from tests.hub_cards.local_hub import LocalHub
 
 TOKEN = "hf_" + "s" * 34
@@ -190,7 +190,7 @@ def test_publish_looks_for_the_token_in_use(hub_folder, tmp_path, monkeypatch):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt", "note": "a-companys-own-token"})
     assert secret_in(tmp_path / "model.safetensors") is None
     monkeypatch.setenv("HF_TOKEN", "a-companys-own-token")
-    assert secret_in(tmp_path / "model.safetensors") == "the Hub token in use in line 1"
+    assert secret_in(tmp_path / "model.safetensors") == "a secret (Hub token in use) in line 1"
 
 
 def test_no_secret_gets_into_a_card_or_a_commit_message(hub_folder, tmp_path, capsys):
@@ -199,7 +199,7 @@ def test_no_secret_gets_into_a_card_or_a_commit_message(hub_folder, tmp_path, ca
     results = tmp_path / "a_results.json"
     results.write_text(json.dumps({"results": {}, "config": {"model_args": f"token={TOKEN}"}}))
     assert main(["card", str(folder), "--results", str(results)]) == 2
-    assert f"error: {results} holds a Hugging Face token in line 1" in capsys.readouterr().err
+    assert f"error: {results} holds a secret (Hugging Face token) in line 1" in capsys.readouterr().err
     assert files_with(TOKEN, folder) == []
     assert main(["publish", str(folder), "user/tiny", "--message", f"with {TOKEN}"]) == 2
     printed = capsys.readouterr().err

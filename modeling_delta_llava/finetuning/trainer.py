@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from transformers.utils import PushInProgress
 
 from delta_llava.errors import UserError
 
+from ..card import EXAMPLE, trained_card
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from .arguments import DeltaLlavaTrainingArguments
-from .card import model_card
 from .checkpoints import (
     OPTIMIZER_BYTES,
     SAVE_ERRORS,
@@ -74,7 +75,7 @@ class DeltaLlavaTrainer(Trainer):
 
     Args:
         settings (`dict`, *optional*): the run's settings, stored with every checkpoint.
-        card (`dict`, *optional*): facts for the model card that the trainer cannot know, see [`model_card`].
+        card (`dict`, *optional*): facts for the model card that the trainer cannot know, see [`trained_card`].
         start_folder (`Path`, *optional*): where the model was loaded from; frozen weights that the run holds in
             another dtype are saved as they are there.
     """
@@ -372,10 +373,11 @@ class DeltaLlavaTrainer(Trainer):
             self._write_card(folder)
 
     def _write_card(self, folder: Path) -> None:
-        text = model_card(
-            self.card, self.state, self.args, self.model.config, count_parts(self.model), is_lora=self._is_lora()
-        )
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        parts = [(count.part, count.trained, count.frozen) for count in count_parts(self.model)]
+        card = trained_card(self.card, self.state, self.args, self.model.config, parts, is_adapter=self._is_lora())
+        (folder / "README.md").write_text(str(card), encoding="utf-8")
+        if not self._is_lora():
+            shutil.copyfile(EXAMPLE, folder / EXAMPLE.name)
 
     def _is_lora(self) -> bool:
         return type(self.model).__name__.startswith("Peft")

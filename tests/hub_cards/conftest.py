@@ -1,33 +1,58 @@
-"""A Hub on loopback for each test, and client processes that talk to it."""
+"""A Hub on loopback for each test, and this very process as its client: another one would spend seconds on imports."""
 
+import contextlib
 import os
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import huggingface_hub
 import pytest
+from huggingface_hub import constants
 
 from delta_llava.cli import main
+from modeling_delta_llava import hub as hub_access
 from tests import tiny
-from tests.forked import REPOSITORY
 
-IMPATIENT = Path(__file__).parent / "impatient"
+_sleep = time.sleep
+
+
+@contextlib.contextmanager
+def client_of(environment: dict[str, str], patient: bool = False):
+    """Makes this process what a process with that environment would be to huggingface_hub, which reads it once."""
+    changed = {
+        "ENDPOINT": environment["HF_ENDPOINT"],
+        "HUGGINGFACE_CO_URL_TEMPLATE": environment["HF_ENDPOINT"] + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": environment.get("HF_HUB_OFFLINE") == "1",
+        "HF_HUB_DISABLE_XET": True,
+        "HF_TOKEN_PATH": f"{environment['HF_HOME']}/token",
+    }
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, environment, clear=True))
+        for name, value in changed.items():
+            stack.enter_context(mock.patch.object(constants, name, value))
+        if not patient:
+            # huggingface_hub pauses for seconds between its attempts.
+            stack.enter_context(mock.patch.object(time, "sleep", lambda seconds: _sleep(min(seconds, 0.01))))
+        stack.enter_context(mock.patch.object(hub_access, "FIRST_WAIT", 0.02))
+        huggingface_hub.close_session()
+        stack.callback(huggingface_hub.close_session)
+        yield
 
 
 @pytest.fixture
 def as_client(hub, tmp_path, capfd) -> Callable[..., subprocess.CompletedProcess]:
-    """Calls a function that returns an exit status, with the environment of a client of the hub; as of a process.
+    """Calls a function that returns an exit status as a client of the hub, with what it prints; as of a process.
 
-    For publishing: what talks to the Hub is then a fresh process in any case, with that environment. It makes no
-    pauses between its attempts unless `patient`.
+    The client makes no pauses between its attempts unless `patient`.
     """
 
     def run(function: Callable[[], int], token="write", patient=False, **variables) -> subprocess.CompletedProcess:
-        path = [str(REPOSITORY)] if patient else [str(REPOSITORY), str(IMPATIENT)]
-        environment = hub.environment(tmp_path / "home", token) | {"PYTHONPATH": os.pathsep.join(path)} | variables
+        environment = hub.environment(tmp_path / "home", token) | variables
         capfd.readouterr()
-        with mock.patch.dict(os.environ, environment, clear=True):
+        with client_of(environment, patient):
             status = function()
         printed = capfd.readouterr()
         for secret in {*hub.tokens, environment.get("HF_TOKEN")} - {None}:
@@ -39,7 +64,7 @@ def as_client(hub, tmp_path, capfd) -> Callable[..., subprocess.CompletedProcess
 
 @pytest.fixture
 def cli(as_client) -> Callable[..., subprocess.CompletedProcess]:
-    """Runs `delta-llava ARGUMENTS`: no fresh process, save those that a command starts itself."""
+    """Runs `delta-llava ARGUMENTS` in this process."""
     return lambda *arguments, **options: as_client(lambda: main([*map(str, arguments)]), **options)
 
 

@@ -1,23 +1,22 @@
-"""Publishes a folder without a preflight, as a command would; a module that imports neither torch nor pytest."""
+"""Publishes a folder without a preflight, as a command would."""
 
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from delta_llava.errors import UserError
-from delta_llava.manifest import hash_files, list_files
+from modeling_delta_llava.hub_cards.contents import hash_files, list_files
 from modeling_delta_llava.hub_cards.preflight import Preflight
 from modeling_delta_llava.hub_cards.publish import PublishOptions, check_options, publish_checked
 
 REPO = "user/model"
 
 
-def publish_as_it_is(folder: Path, repo_id: str = REPO, pinned: Sequence[str] = (), **options) -> int:
+def publish_as_it_is(folder: Path, repo_id: str = REPO, pinned: str | None = None, **options) -> int:
     """The exit status; prints the report as JSON."""
-    options = PublishOptions(**{"retry_wait": 0.05, "time_limit": 100, **options})
-    checked = Preflight(folder, hash_files(folder, list_files(folder)), list(pinned), None)
+    sources = {path: folder / path for path in list_files(folder)}
+    checked, options = Preflight(sources, hash_files(sources), pinned), PublishOptions(**options)
     try:
         check_options(repo_id, options)
         report = publish_checked(checked, repo_id, options, lambda text: print("note:", text, file=sys.stderr))

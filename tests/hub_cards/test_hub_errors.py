@@ -2,8 +2,8 @@
 
 import pytest
 
-from delta_llava.hub_errors import one_line
 from delta_llava.redaction import scrub
+from modeling_delta_llava.hub import one_line
 
 SIGNED = (
     "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AKIA%2F20260101&X-Amz-Date=20260101T000000Z&X-Amz-Expires=900"

@@ -41,10 +41,14 @@ def folder(model_folder):
 
 @pytest.fixture
 def checks(monkeypatch):
-    """In place of the checks that take a process of their own (see `test_preflight`): which of them were asked for."""
+    """In place of the process that loads and verifies (see `test_preflight`): what it was asked for."""
     asked = []
-    for name in ("check_weights", "check_loading"):
-        monkeypatch.setattr(preflight, name, lambda folder, time_limit, name=name: asked.append(name))
+
+    def check(folder, load, verify):
+        asked.append((load, verify))
+        return {}
+
+    monkeypatch.setattr(preflight, "check_in_process", check)
     return asked
 
 
@@ -58,7 +62,7 @@ def test_publish_load_answer_update_the_card(hub, client, cli, folder, checks):
     published = cli("publish", folder, REPO, "--tag", "v1.0", "--collection", "Delta-LLaVA", "--message", "First")
     assert published.returncode == 0, published.stderr
     assert "checked on the Hub" in published.stdout
-    assert checks == ["check_weights", "check_loading"]
+    assert checks == [(True, True)]
     assert hub.writer not in published.stdout + published.stderr
     assert_holds(hub, folder, "v1.0", REPO)
     (collection,) = hub.collections.values()
@@ -110,9 +114,17 @@ def test_dry_run(hub, cli, folder):
 def test_licence_can_be_stated_on_the_way(hub, cli, model_folder):
     write_card(model_folder, repo_id=REPO)
     assert_one_line(cli("publish", model_folder, REPO, "--tag", "v1.0", "--no-load"), "no licence is stated")
-    process = cli("publish", model_folder, REPO, "--tag", "v1.0", "--no-load", "--license", "mit")
+    before = {path: path.read_bytes() for path in model_folder.rglob("*") if path.is_file()}
+    dry = cli("publish", model_folder, REPO, "--tag", "v1.0", "--license", "apache-2.0", "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    process = cli("publish", model_folder, REPO, "--tag", "v1.0", "--license", "apache-2.0")
     assert process.returncode == 0, process.stderr
-    assert "license: mit" in hub.repos[REPO].find("main").tree["README.md"].content.decode()
+    tree = hub.repos[REPO].find("v1.0").tree
+    assert "license: apache-2.0" in tree["README.md"].content.decode()
+    assert "Apache License" in tree["LICENSE"].content.decode()
+    assert {path: path.read_bytes() for path in model_folder.rglob("*") if path.is_file()} == before
+    again = cli("publish", model_folder, REPO, "--tag", "v1.0", "--license", "apache-2.0")
+    assert again.stdout.startswith("nothing to upload")
 
 
 def test_folder_with_damaged_weights_is_not_published(hub, cli, folder):
@@ -130,7 +142,7 @@ def test_folder_with_damaged_weights_is_not_published(hub, cli, folder):
         (["--create-pr", "--tag", "v1.0"], "--tag and --create-pr do not go together"),
         (["--create-pr", "--revision", "dev"], "leave out --revision"),
         (["--revision", "refs/pr/1", "--tag", "v1.0"], "do not go together"),
-        (["--time-limit", "0"], "must be positive"),
+        (["--refresh-code", "--dry-run"], "leave out one of them"),
         (["--all", "."], "with --all give"),
     ],
 )
@@ -146,7 +158,8 @@ def test_all_variants_of_a_folder_are_gathered(hub, cli, tmp_path):
         made = tiny.write_hub_folder(everything / name, num_visual_tokens=[4, 1][index])
         write_card(made, repo_id=f"org-lab/{name}", licence="mit")
     (everything / "notes").mkdir()
-    tiny.write_hub_folder(everything / "_base")
+    for name in ("_base", ".x.building-77", "checkpoint-5"):
+        shutil.copytree(made, everything / name)
     process = cli("publish", "--all", everything, "--namespace", "org-lab", "--tag", "v1.0", "--no-load")
     assert process.returncode == 0, process.stderr
     for name in ("delta-llava-a", "delta-llava-b"):

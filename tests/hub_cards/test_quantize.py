@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 
 from delta_llava.errors import UserError
 from modeling_delta_llava.hub_cards.card import write_card
+from modeling_delta_llava.hub_cards.contents import list_files
 from modeling_delta_llava.hub_cards.metadata import card_problems
 from modeling_delta_llava.hub_cards.quantize import quantize
 from tests import tiny
@@ -17,6 +18,15 @@ from tests.hub_cards.test_publish import ANSWER
 
 # Some CPUs' 4-bit kernels need widths in multiples of 64.
 TEXT = {"hidden_size": 64, "intermediate_size": 128}
+# What training leaves in its folder, and what else `publish` would refuse.
+NOT_OF_A_REPOSITORY = (
+    "checkpoint-5/optimizer.pt",
+    "runs/x/events.out.tfevents.1",
+    "_base/model.safetensors",
+    "training_args.bin",
+    "x.PT",
+    ".env",
+)
 
 
 @pytest.fixture
@@ -36,12 +46,22 @@ def tensor_types(path) -> dict[str, str]:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_copy(client, cli, hub, folder, tmp_path, bits):
     pytest.importorskip("bitsandbytes")
+    for path in NOT_OF_A_REPOSITORY:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text("x")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     output = tmp_path / f"q{bits}"
+    left = tmp_path / f".q{bits}.unfinished" / "new"
+    left.mkdir(parents=True)
+    (left / "config.json").write_text("half of what a killed run wrote")
     repo_id = f"user/full-{bits}bit"
     process = cli("quantize", folder, output, "--bits", bits, "--repo-id", repo_id)
     assert process.returncode == 0, process.stderr
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+    assert not left.parent.exists()
+    assert not [path for path in NOT_OF_A_REPOSITORY if (output / path).exists()]
+    assert (output / "example.png").is_file()
 
     types = tensor_types(output / "model.safetensors")
     packed = {name for name, kind in types.items() if kind in ("U8", "I8") and name.endswith(".weight")}
@@ -52,7 +72,7 @@ def test_quantised_copy(client, cli, hub, folder, tmp_path, bits):
             assert kind == "BF16", name
     assert str(tmp_path) not in (output / "config.json").read_text()
 
-    assert card_problems(output) == []
+    assert card_problems(output, list_files(output)) == []
     card = ModelCard.load(output / "README.md")
     assert card.data.base_model == "user/full"
     assert card.data.base_model_relation == "quantized"
@@ -72,8 +92,14 @@ def test_quantised_copy(client, cli, hub, folder, tmp_path, bits):
 
 
 def test_output_must_be_new(folder):
-    with pytest.raises(UserError, match="exists and is not empty"):
+    with pytest.raises(UserError, match="is FOLDER itself"):
         quantize(folder, folder)
+
+
+def test_output_must_not_exist(folder, tmp_path):
+    (tmp_path / "q").mkdir()
+    with pytest.raises(UserError, match="exists"):
+        quantize(folder, tmp_path / "q")
 
 
 def test_bits_are_four_or_eight(cli, folder, tmp_path):

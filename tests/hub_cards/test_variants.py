@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -211,7 +212,7 @@ def test_unknown_variant_is_one_line_with_a_hint():
 
 
 def test_cli_prints_every_variant_and_its_scores(capsys):
-    assert cli.main(["variants"]) == 0
+    assert cli.main(["variants", "--markdown"]) == 0
     printed = capsys.readouterr().out
     for variant in variants().values():
         line = next(line for line in printed.splitlines() if f" {variant.name} " in line)
@@ -219,6 +220,19 @@ def test_cli_prints_every_variant_and_its_scores(capsys):
         for score in variant.scores:
             assert score.text in cells
             assert score.source in cells[-2]
+
+
+@pytest.mark.parametrize(("options", "width"), [([], 80), (["--benchmarks"], 200)])
+def test_cli_prints_a_table_that_fits_a_terminal(options, width, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert cli.main(["variants", *options]) == 0
+    lines = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
+    assert max(map(len, lines)) <= width
+    assert len(lines) == len(variants()) + 4, "no row wraps"
+    for variant in variants().values():
+        line = next(line for line in lines if f" {variant.name} " in line)
+        assert all(score.text in line for score in variant.scores if options or score.benchmark in ("GQA", "POPE"))
 
 
 def test_cli_prints_json_with_the_table_of_each_score(capsys):

@@ -1,0 +1,102 @@
+"""Loads a Hub folder as a stranger would and verifies it, in a process that ends with the one that started it.
+
+`python -P check_folder.py FOLDER [--load] [--verify]` prints one line of JSON: `problem`, if there is one, and what
+was loaded: its class, the visual tokens of the picture and the new token ids. For loading, nothing but the folder,
+transformers and accelerate is used: this package is imported afterwards. Weights stay on disk and are read layer by
+layer, so that memory holds about one layer at a time. Standard input stays open as long as the starting process lives.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import warnings
+
+
+def load_and_answer(folder: str, offload: str, new_tokens: int = 2) -> dict:
+    """Loads configuration, processor and model with `trust_remote_code` and generates `new_tokens` tokens.
+
+    Raises:
+        ValueError: weights are missing, unexpected or of another shape, or the picture got the wrong number of tokens.
+    """
+    import torch
+    from PIL import Image
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    quantized = getattr(config, "quantization_config", None)
+    options = {} if quantized else {"device_map": {"": "disk"}, "offload_folder": offload}
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        folder, trust_remote_code=True, dtype="auto", output_loading_info=True, **options
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report.get(kind):
+            names = sorted(str(name) for name in report[kind])
+            raise ValueError(f"{len(names)} {kind.replace('_', ' ')}, the first is {names[0]}")
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
+    prompt = processor.apply_chat_template([message], add_generation_prompt=True)
+    inputs = processor(images=[Image.new("RGB", (48, 32), "gray")], text=[prompt], return_tensors="pt")
+    visual = int((inputs["input_ids"] == config.image_token_id).sum())
+    if visual != config.num_visual_tokens:
+        raise ValueError(f"the processor made {visual} visual tokens, the config says {config.num_visual_tokens}")
+    inputs = {name: value.to(config.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    with torch.inference_mode():
+        # The device of offloaded weights is where they run, the CPU.
+        output = model.generate(**inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+    new = output[0, inputs["input_ids"].shape[1] :].tolist()
+    return {"class": type(model).__name__, "visual_tokens": visual, "new_ids": new}
+
+
+def verification_problem(folder: str) -> str | None:
+    """What the converter's verification finds, in one line; None when the folder is good."""
+    from delta_llava.errors import UserError
+    from modeling_delta_llava.conversion.verify import verify
+
+    try:
+        checks = verify(folder, progress=False, numbers=False)
+    except UserError as error:
+        return str(error)
+    return "; ".join(f"{check.name}: {check.detail}" for check in checks if check.passed is False) or None
+
+
+def check(folder: str, load: bool, verify: bool, scratch: str) -> dict:
+    result = {}
+    if load:
+        try:
+            result = load_and_answer(folder, os.path.join(scratch, "offload"))
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            problem = f"it does not load in a fresh process with trust_remote_code: {type(error).__name__}: {lines[0]}"
+            result = {"problem": problem}
+    found = verification_problem(folder) if verify else None  # more exact than what loading raised
+    return {**result, "problem": found} if found else result
+
+
+def end_with_parent(scratch: str) -> None:
+    """Ends this process, and leaves nothing behind, when standard input closes."""
+    sys.stdin.read()
+    shutil.rmtree(scratch, ignore_errors=True)
+    os._exit(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("--load", action="store_true")
+    parser.add_argument("--verify", action="store_true")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    with tempfile.TemporaryDirectory(prefix="delta-llava-check-") as scratch:
+        threading.Thread(target=end_with_parent, args=(scratch,), daemon=True).start()
+        os.environ |= {"HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
+        result = check(arguments.folder, arguments.load, arguments.verify, scratch)
+    print(f"\n{json.dumps(result)}", flush=True)
+    os._exit(0)  # no destructor prints behind that line
+
+
+if __name__ == "__main__":
+    main()

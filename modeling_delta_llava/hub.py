@@ -1,0 +1,189 @@
+"""The Hub: requests that end in bounded time, trouble that passes outlasted, everything else told in one line."""
+
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import TypeVar
+
+from huggingface_hub import HfApi, constants, set_client_factory
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import httpx, parse_ratelimit_headers
+
+from delta_llava.errors import UserError, reason
+from delta_llava.redaction import scrub
+
+SILENCE = 60.0
+"""Seconds without a byte, in either direction, after which a request has failed."""
+LONGEST_WAIT = 60.0
+"""Longest pause in seconds that the Hub can ask for."""
+ATTEMPTS = 4
+FIRST_WAIT = 2.0
+TRANSIENT = (408, 429, 500, 502, 503, 504)
+# What huggingface_hub raises: answers, connections, a failed upload of a large file, an answer that is no JSON.
+HUB_ERRORS = (HfHubHTTPError, httpx.HTTPError, OSError, RuntimeError, ValueError)
+
+Result = TypeVar("Result")
+
+
+class LongWaitError(RuntimeError):
+    """The Hub asks for a longer pause than [`LONGEST_WAIT`]."""
+
+
+def hub_api() -> HfApi:
+    """huggingface_hub's client. From now on, this process's requests end after [`SILENCE`] seconds without a byte.
+
+    The client's own repetitions obey `Retry-After` whatever it says: more than [`LONGEST_WAIT`] is an error now.
+    """
+    set_client_factory(_client)
+    return HfApi(library_name="delta-llava", library_version=version("delta-llava"))
+
+
+def _client() -> httpx.Client:
+    hooks = {"request": [_limit_silence], "response": [_refuse_long_wait]}
+    return httpx.Client(event_hooks=hooks, follow_redirects=True)
+
+
+def _limit_silence(request: httpx.Request) -> None:
+    """Calls such as `model_info` ask for no limit, whatever the client's own is."""
+    if constants.HF_HUB_OFFLINE:
+        raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
+    request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), SILENCE)
+
+
+def _refuse_long_wait(response: httpx.Response) -> None:
+    wait = retry_after(response) if response.status_code in TRANSIENT else None
+    if wait is not None and wait > LONGEST_WAIT:
+        raise LongWaitError(f"the Hub asks to wait for {wait:.0f} s: run the same command again then")
+
+
+def retry_after(response: httpx.Response | None) -> float | None:
+    """Seconds that the Hub asks to wait, if it does so in seconds."""
+    if response is None:
+        return None
+    value = response.headers.get("Retry-After", "").strip()
+    limit = parse_ratelimit_headers(response.headers)
+    if limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    return float(value) if value.isdigit() else None
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """`error` and what caused it, outermost first."""
+    chain = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain
+
+
+def response_of(error: BaseException) -> httpx.Response | None:
+    """The Hub's answer behind `error`, or None when there was none."""
+    answers = (getattr(cause, "response", None) for cause in causes(error))
+    return next((answer for answer in answers if answer is not None), None)
+
+
+def request_of(error: BaseException) -> str:
+    """The address that was asked for when `error` happened; empty when that is not known."""
+    for cause in causes(error):
+        try:
+            return str(cause.request.url)
+        except (AttributeError, RuntimeError):  # httpx's own error without a request raises the second
+            continue
+    return ""
+
+
+def status_of(error: BaseException) -> int | None:
+    response = response_of(error)
+    return None if response is None else response.status_code
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed later: the server's trouble or the connection's, not the user's."""
+    if any(isinstance(cause, OfflineModeIsEnabled | LongWaitError) for cause in causes(error)):
+        return False
+    status = status_of(error)
+    if status is not None:
+        return status in TRANSIENT
+    return any(isinstance(cause, httpx.TransportError | ConnectionError | TimeoutError) for cause in causes(error))
+
+
+def call(doing: str, repo_id: str, function: Callable[[], Result], say: Callable[[str], None]) -> Result:
+    """Calls `function`, again after trouble that passes: for requests that are safe to repeat.
+
+    Args:
+        doing: the step, as in "creating the repository".
+        say: receives a line about each pause.
+
+    Raises:
+        UserError: what went wrong, in one line.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return function()
+        except UserError:
+            raise
+        except HUB_ERRORS as error:
+            pause(error, doing, repo_id, attempt, say)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def pause(error: Exception, doing: str, repo_id: str, attempt: int, say: Callable[[str], None]) -> None:
+    """Sleeps before the next attempt, or raises a `UserError` when there is none or it would not help."""
+    if attempt >= ATTEMPTS or not is_transient(error):
+        raise UserError(one_line(error, doing, repo_id)) from error
+    seconds = max(FIRST_WAIT * 2 ** (attempt - 1), retry_after(response_of(error)) or 0.0)
+    why = status_of(error) or type(error).__name__
+    say(f"{doing}: {why}, attempt {attempt + 1} of {ATTEMPTS} in {seconds:.1f} s")
+    time.sleep(seconds)
+
+
+def _server_message(error: BaseException) -> str:
+    try:
+        message = response_of(error).json().get("error")
+    except (ValueError, AttributeError, httpx.StreamError):
+        message = None
+    return reason(ValueError(message)) if isinstance(message, str) and message else reason(causes(error)[-1])
+
+
+def one_line(error: BaseException, doing: str, repo_id: str) -> str:
+    """What went wrong, where, and what to do next, without a token or a signature.
+
+    Args:
+        error: as raised by huggingface_hub.
+        doing: the step, as in "creating the repository".
+        repo_id: namespace/name on the Hub.
+    """
+    chain = causes(error)
+    long_wait = next((cause for cause in chain if isinstance(cause, LongWaitError)), None)
+    status, server = status_of(error), _server_message(error)
+    again = "run the same command again; what it holds is not resent"
+    if long_wait is not None:
+        what = str(long_wait)
+    elif any(isinstance(cause, LocalTokenNotFoundError) for cause in chain):
+        what = "no token: run `hf auth login`, or set HF_TOKEN to a token that may write"
+    elif any(isinstance(cause, OfflineModeIsEnabled) for cause in chain):
+        what = "HF_HUB_OFFLINE is set: unset it to publish"
+    elif status == 401:
+        what = f"the Hub refuses the token (401, {server}): run `hf auth login`, or set HF_TOKEN to a valid token"
+    elif status == 403:
+        what = (
+            f"the token may not do this (403, {server}): use a token with write access to "
+            f"{repo_id.split('/')[0]!r}, from https://huggingface.co/settings/tokens"
+        )
+    elif status == 404:
+        what = f"not found (404, {server}): check the name, and that the token can see {repo_id}"
+    elif status == 412:
+        what = "somebody else has committed meanwhile (412): look at their commit, then run the same command again"
+    elif status == 409:
+        what = f"conflict (409, {server}): run the same command again"
+    elif status == 413:
+        what = f"too large (413, {server}): write smaller shards (`max_shard_size`)"
+    elif status == 429:
+        what = "the Hub limits the rate of requests (429): run the same command again later"
+    elif status is not None and status >= 500:
+        what = f"the Hub is in trouble ({status}, {server}): {again}"
+    elif is_transient(error):
+        what = f"no connection to the Hub ({server}): {again}"
+    else:
+        what = server if status is None else f"{server} ({status})"
+    return " ".join(scrub(f"{repo_id}: {doing} failed: {what}").split())
