@@ -52,7 +52,7 @@ def test_interrupted(sources, tmp_path, monkeypatch, refused):
     def interrupt(*arguments):
         save(*arguments)
         written.append(1)
-        if len(written) == 3:
+        if len(written) >= 3:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(write, "save", interrupt)
@@ -128,7 +128,7 @@ def test_a_source_that_is_rewritten_meanwhile(sources, tmp_path, monkeypatch, re
         if moment == "before it is read" and len(calls) == 1:
             rewrite()
         save(*arguments)
-        if len(calls) == (3 if moment == "while it is written" else 0):
+        if moment == "while it is written" and len(calls) >= 3:
             rewrite()
 
     monkeypatch.setattr(write, "save", watched)
