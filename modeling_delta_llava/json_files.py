@@ -124,6 +124,6 @@ def check_sizes(fields: dict, where: Path | str) -> None:
             for number in numbers:
                 if isinstance(number, int | float) and not -limit <= number <= limit:
                     raise UserError(
-                        f"{where}: {printable(field)} is {str(number)[:20]}, and no model needs more than {limit:,}: copy or "
-                        "download the file again"
+                        f"{where}: {printable(field)} is {str(number)[:20]}, and no model needs more than {limit:,}: "
+                        "copy or download the file again"
                     )
