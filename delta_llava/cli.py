@@ -6,6 +6,7 @@ transformers: `--help` waits for neither. Errors that a user can act on are rais
 into one line and exit status 2.
 """
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from .errors import UserError
+from .errors import UserError, printable
 from .redaction import scrub
 
 # The sections of `delta-llava --help`. A command names its own, `@app.command(rich_help_panel=USE)`, and stands below
@@ -436,10 +437,11 @@ def profile(
     ] = None,
 ) -> None:
     """Show what every visual-token budget costs: FLOPs, cache and parameters, latency, tokens/s and memory."""
+    from modeling_delta_llava.asking import parse_budgets
     from modeling_delta_llava.evaluation import backbones, efficiency
     from modeling_delta_llava.hub_cards.variants import variants
 
-    budgets = _numbers("--num-visual-tokens", num_visual_tokens)
+    budgets = parse_budgets(num_visual_tokens)
     variant = variants().get(model_or_variant)
     if variant is not None:
         config = backbones.known_config(variant.backbone.id, variant.tower.id, variant.num_visual_tokens)
@@ -467,16 +469,6 @@ def profile(
     efficiency.print_table(document)
 
 
-def _numbers(option: str, text: str | None) -> list[int] | None:
-    """A comma-separated list of whole numbers."""
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"{option} {text!r} is not a comma-separated list of whole numbers") from None
-
-
 def _one_line(error: BaseException) -> str:
     """What went wrong, as one line: an `OSError` names its file, a usage error the help to read."""
     if isinstance(error, _CommandLineError):
@@ -488,7 +480,21 @@ def _one_line(error: BaseException) -> str:
         message = f"{error.strerror}: {os.fspath(error.filename)}"
     else:
         message = str(error) or type(error).__name__
-    return scrub(" ".join(message.split()))
+    return scrub(printable(message, None))
+
+
+def _open_streams() -> None:
+    """Has standard streams that the shell closed (`>&-`) lead nowhere, and writes what they cannot encode escaped."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115 - it stays open
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _discard_output() -> None:
+    """Keeps Python from failing once more when it flushes standard output at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -498,13 +504,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows `delta-llava`; by default the process's own arguments.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    _open_streams()
     settings = {"traceback": os.environ.get(TRACEBACK_VARIABLE, "") not in ("", "0")}
     try:
         status = app(args=list(arguments) or ["--help"], prog_name="delta-llava", standalone_mode=False, obj=settings)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader (`| head`) has gone: keep Python from failing once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader (`| head`) has gone.
+        _discard_output()
         return 1
     except (KeyboardInterrupt, typer.Abort):
         if settings["traceback"]:
@@ -514,7 +521,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if settings["traceback"]:
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        status = EXIT_USER_ERROR
+        try:
+            sys.stdout.flush()
+        except OSError:  # the error just printed, of a disk that is full
+            _discard_output()
     if status == EXIT_INTERRUPTED:
         print("interrupted", file=sys.stderr)
     return status if isinstance(status, int) else 0

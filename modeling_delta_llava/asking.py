@@ -1,62 +1,153 @@
 """`delta-llava ask`: one question about pictures, answered as a stream of text."""
 
 import os
+import queue
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from delta_llava.errors import UserError
+from delta_llava.errors import UserError, printable, reason, told
 
-from .json_files import read_json
+from .json_files import check_files, check_sizes, read_json
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+# What is fetched of a model on the Hub.
+SMALL_FILES, WEIGHT_FILES = ["*.json", "*.model", "*.txt", "*.jinja"], ["model*.safetensors"]
+# Limits of a picture at an address.
+DOWNLOAD_SECONDS, SILENT_SECONDS, MAX_PICTURE_BYTES, MAX_REDIRECTS = 60, 20, 100_000_000, 5
 
 
-def parse_budgets(text: str | None) -> int | list[int] | None:
-    """`--num-visual-tokens`: one number for all images, or one for each, separated by commas."""
+def parse_budgets(text: str | None) -> list[int] | None:
+    """`--num-visual-tokens`: one number, or several separated by commas."""
     if text is None:
         return None
     try:
-        numbers = [int(part) for part in text.split(",")]
+        return [int(part) for part in text.split(",")]
     except ValueError:
         raise UserError(
-            f"--num-visual-tokens {text!r} is not a number: give one (36), or one per image (16,576)"
+            f"--num-visual-tokens {printable(text)!r} is not a number: give one (36), or several (16,576)"
         ) from None
-    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def download(address: str) -> bytes:
+    """What an http(s) address holds, within limits of time, size and redirections.
+
+    Raises:
+        UserError: it cannot be fetched, or not within the limits.
+    """
+    answer: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+
+    def fetch() -> None:
+        try:
+            answer.put(_fetched(address))
+        except Exception as error:
+            answer.put(error)
+
+    # A thread that nobody waits for: looking up a name and reading slow headers have no time limit of their own.
+    threading.Thread(target=fetch, daemon=True).start()
+    with told(f"{printable(address)} cannot be fetched", "save the picture, and give its path"):
+        try:
+            content = answer.get(timeout=DOWNLOAD_SECONDS)
+        except queue.Empty:
+            raise TimeoutError(f"not complete after {DOWNLOAD_SECONDS} seconds") from None
+        if isinstance(content, Exception):
+            raise content
+    return content
+
+
+def _fetched(address: str) -> bytes:
+    import httpx
+
+    content, end = bytearray(), time.monotonic() + DOWNLOAD_SECONDS
+    settings = {"follow_redirects": True, "max_redirects": MAX_REDIRECTS, "timeout": SILENT_SECONDS}
+    with httpx.Client(**settings) as client, client.stream("GET", address) as answer:
+        answer.raise_for_status()
+        for piece in answer.iter_bytes():
+            content += piece
+            if len(content) > MAX_PICTURE_BYTES:
+                raise ValueError(f"larger than {MAX_PICTURE_BYTES / 1e6:.0f} MB")
+            if time.monotonic() > end:
+                raise TimeoutError(f"not complete after {DOWNLOAD_SECONDS} seconds")
+    return bytes(content)
 
 
 def open_image(source: str):
-    """A picture from a path or an http(s) address, in the processor's view of it."""
+    """A picture from a file or an http(s) address, in the processor's view of it.
+
+    Raises:
+        UserError: there is none, or it is no regular file.
+    """
     from PIL import UnidentifiedImageError
 
     from .processing_delta_llava import UNREADABLE, open_picture, rgb_picture
 
-    if not source.startswith(("http://", "https://")):
-        if not os.path.exists(source):
-            raise UserError(f"no such image: {source}")
-        if os.path.isdir(source):
-            raise UserError(f"{source} is a folder, not an image: name a picture in it")
+    if source.startswith(("http://", "https://")):
+        content = download(source)
+    elif os.path.isfile(source):
+        content = source
+    elif os.path.isdir(source):
+        raise UserError(f"{source} is a folder, not an image: name a picture in it")
+    elif os.path.exists(source):
+        raise UserError(f"{source} is a pipe, device or socket, not an image: save the picture in a file")
+    else:
+        raise UserError(f"no such image: {source}")
     try:
-        return rgb_picture(open_picture(source))
+        return rgb_picture(open_picture(content))
     except UnidentifiedImageError:
         raise UserError(f"{source} is not an image that Pillow can read") from None
     except UNREADABLE as error:
-        raise UserError(f"{source} cannot be fetched, is damaged or too large ({error})") from error
+        raise UserError(f"{source} is damaged or too large ({reason(error)})") from error
 
 
-def _check_folder(model: str) -> None:
-    """Raises `UserError` for what is neither a folder with a model that transformers can load nor a Hub id."""
+def model_folder(model: str, revision: str | None = None, weights: bool = True) -> Path:
+    """The folder of a model: the path itself, or a download from the Hub; its small files are bounded.
+
+    Args:
+        model: folder or Hub id (NAMESPACE/NAME).
+        revision: branch, tag or commit on the Hub.
+        weights: whether a download includes the weights.
+
+    Raises:
+        UserError: there is none, or its files are damaged or describe a model without end.
+    """
     folder = Path(model)
     if folder.is_file():
         raise UserError(f"{model} is a file: give the folder that `delta-llava convert` wrote, or a Hub id")
     if not folder.is_dir():
         if model.count("/") != 1 or model.startswith(("/", ".", "~")):
             raise UserError(f"no such model: {model} is neither a folder nor a Hub id (NAMESPACE/NAME)")
-        return
+        from huggingface_hub import snapshot_download
+
+        with told(f"no usable model at {model}", "check the name, and the connection to the Hub"):
+            patterns = SMALL_FILES + (WEIGHT_FILES if weights else [])
+            folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    check_files(folder)
     settings = folder / "config.json"
     if not settings.is_file():
         raise UserError(f"{model} has no config.json: give the folder that `delta-llava convert` wrote")
-    if "mm_vision_tower" in read_json(settings):
-        raise UserError(f"{model} is a training checkpoint: run `delta-llava convert {model} OUTPUT` and ask OUTPUT")
+    config = read_json(settings)
+    if "mm_vision_tower" in config:
+        raise UserError(f"{model} is a training checkpoint: run `delta-llava convert {model} OUTPUT` and give OUTPUT")
+    check_sizes(config, settings)
+    return folder
+
+
+def check_device(name: str | None):
+    """The torch device to run on: the named one; for None and "auto" the CUDA device when there is one.
+
+    Raises:
+        UserError: if it cannot be used here.
+    """
+    import torch
+
+    if name in (None, "auto"):
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    with told(f"device {name!r} cannot be used", "give --device cpu, or leave it out"):
+        device = torch.device(name)
+        # A device without memory has no values to read back.
+        torch.zeros(1, device=device).item()
+    return device
 
 
 def load(model: str, revision: str | None = None, device: str = "auto", dtype: str = "auto"):
@@ -67,24 +158,15 @@ def load(model: str, revision: str | None = None, device: str = "auto", dtype: s
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is not known: choose one of {', '.join(DTYPES)}")
-    _check_folder(model)
-    import torch
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
+    folder = model_folder(model, revision)
+    place = check_device(device)
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with told(f"no usable model at {model}", "check it with `delta-llava verify`"):
         network = AutoModelForImageTextToText.from_pretrained(
-            model, revision=revision, dtype=dtype, device_map=device, trust_remote_code=False
+            str(folder), dtype=dtype, device_map=place, trust_remote_code=False
         )
-        processor = AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=False)
-    except StrictDataclassError as error:  # its last line says what is wrong with which value
-        raise UserError(f"no usable model at {model}: {str(error).strip().splitlines()[-1].strip()}") from error
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"no usable model at {model}: {reason}") from error
+        processor = AutoProcessor.from_pretrained(str(folder), trust_remote_code=False)
     return network.eval(), processor
 
 
@@ -107,8 +189,14 @@ def ask(
     from transformers import TextStreamer
     from transformers.utils import logging
 
+    from .building import check_chat_template
+
     if not question.strip():
         raise UserError("the question is empty")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("the question is not UTF-8 text: set the terminal to UTF-8 and type it again") from error
     if len(question.split()) == 1 and (question.startswith(("http://", "https://")) or os.path.isfile(question)):
         raise UserError(f"the question is missing: put it last, in quotes, behind {question}")
     budgets = parse_budgets(num_visual_tokens)
@@ -119,22 +207,29 @@ def ask(
     if budgets is not None and network.config.model_type != "delta_llava":
         raise UserError(f"{model} is of type {network.config.model_type}, which has no --num-visual-tokens")
 
+    text = {"type": "text", "text": question}
+    check_chat_template(
+        processor, model, [{"role": "user", "content": [{"type": "image", "image": ""} for _ in pictures] + [text]}]
+    )
     content = [{"type": "image", "image": picture} for picture in pictures]
-    try:
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={} if budgets is None else {"num_visual_tokens": budgets},
-        ).to(network.device)
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-        network.generate(
-            **inputs,
-            **sampling,
-            max_new_tokens=max_new_tokens,
-            streamer=TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True),
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    if budgets is not None and len(budgets) == 1:
+        (budgets,) = budgets  # one for all pictures
+    with told(f"{model} cannot answer", "check it with `delta-llava verify`"):
+        try:
+            inputs = processor.apply_chat_template(
+                [{"role": "user", "content": [*content, text]}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={} if budgets is None else {"num_visual_tokens": budgets},
+            ).to(network.device)
+            sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+            network.generate(
+                **inputs,
+                **sampling,
+                max_new_tokens=max_new_tokens,
+                streamer=TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            )
+        except ValueError as error:  # says what to mend in the question, the pictures or the budgets
+            raise UserError(reason(error)) from error

@@ -10,24 +10,30 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from delta_llava.errors import UserError
+from delta_llava.errors import UserError, reason
+
+from .json_files import check_file
 
 SPACE = "▁"
+# Far beyond any Llama-style model: the work grows with the pieces and with the square of their length.
+MAX_PIECES, MAX_PIECE_LENGTH = 300_000, 256
 
 
 def _load_sentencepiece(model_file: str | Path):
-    """The sentencepiece model and its piece types, checked for the features that the fast tokenizer reproduces."""
+    """The sentencepiece model and its piece types, checked for its size and for what the fast tokenizer reproduces."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2 as proto
 
-    model = proto.ModelProto()
+    check_file(Path(model_file))
+    model, types = proto.ModelProto(), dict(proto.ModelProto.SentencePiece.Type.items())
     try:
         model.ParseFromString(Path(model_file).read_bytes())
     except DecodeError as error:
         raise UserError(
-            f"{model_file} is not a sentencepiece model ({error}): give the tokenizer.model of training"
+            f"{model_file} is not a sentencepiece model ({reason(error)}): give the tokenizer.model of training"
         ) from error
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    pieces = [piece.piece for piece in model.pieces]
     problem = None
     if trainer.model_type != proto.TrainerSpec.ModelType.BPE:
         problem = "is not of type BPE"
@@ -35,9 +41,20 @@ def _load_sentencepiece(model_file: str | Path):
         problem = "normalises text beyond escaping spaces and adding a dummy space"
     elif not trainer.byte_fallback:
         problem = "has no byte fallback"
+    elif (
+        len(model.pieces) > MAX_PIECES
+        or max((len(piece.piece) for piece in model.pieces), default=0) > MAX_PIECE_LENGTH
+    ):
+        problem = f"has more than {MAX_PIECES:,} pieces, or one of more than {MAX_PIECE_LENGTH} characters"
+    elif len(set(pieces)) < len(pieces):
+        problem = "has a piece twice"
+    elif types["UNKNOWN"] not in {piece.type for piece in model.pieces}:
+        problem = "has no piece for what is unknown"
+    elif not all(0 <= index < len(pieces) for index in (trainer.bos_id, trainer.eos_id)):
+        problem = "has no pieces for begin and end of a text"
     if problem:
         raise UserError(f"the sentencepiece model {model_file} {problem}; only Llama-style models are supported")
-    return model, dict(proto.ModelProto.SentencePiece.Type.items())
+    return model, types
 
 
 def score_ordered_merges(pieces: list[tuple[str, float]]) -> list[tuple[str, str]]:

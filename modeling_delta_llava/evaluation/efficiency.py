@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 
-from delta_llava.errors import UserError
+from delta_llava.errors import UserError, told
 from modeling_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
+from modeling_delta_llava.asking import check_device, model_folder
+from modeling_delta_llava.building import check_budgets
+from modeling_delta_llava.json_files import read_json
 
 from . import figure
 from .counts import (
@@ -41,41 +42,14 @@ def read_config(source: str) -> DeltaLlavaConfig:
     Raises:
         UserError: if there is none, or it is another model's.
     """
-    try:
-        fields, _ = DeltaLlavaConfig.get_config_dict(source)
-    except OSError as error:
-        if (Path(source) / "config.json").is_file():
-            raise UserError(f"{source}: its config.json cannot be read ({_first_line(error)}); repair it") from error
-        raise UserError(
-            f"{source}: neither a Delta-LLaVA folder, nor a repository that can be reached, nor a variant "
-            "(see `delta-llava variants`)"
-        ) from error
+    fields = read_json(model_folder(source, weights=False) / "config.json")
     if fields.get("model_type") != DeltaLlavaConfig.model_type:
         raise UserError(
             f"{source}: its config.json says model_type {fields.get('model_type')!r}, not "
             f"{DeltaLlavaConfig.model_type!r}; convert a training checkpoint first (`delta-llava convert`)"
         )
-    try:
+    with told(f"{source}: its config.json describes no model", "repair it"):
         return DeltaLlavaConfig.from_dict(fields)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise UserError(f"{source}: its config.json describes no model ({_first_line(error)}); repair it") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-
-
-def check_budgets(config: DeltaLlavaConfig, budgets: Sequence[int] | None) -> list[int]:
-    """The budgets to profile, largest first: those asked for, or every legal one.
-
-    Raises:
-        UserError: for a budget that the patch grid does not allow.
-    """
-    legal = config.legal_num_visual_tokens
-    for budget in budgets or ():
-        if budget not in legal:
-            raise UserError(f"{budget} visual tokens are not possible on this patch grid; choose from {legal}")
-    return sorted(set(budgets or legal), reverse=True)
 
 
 def count(
@@ -90,7 +64,8 @@ def count(
     torch, in `closed_form` (left out for decoders it does not describe) and in the
     `paper_convention`; `key_value_cache_bytes` in 16 bit for prompt and answer.
     """
-    model = meta_model(config)
+    with told("the config describes no model", "repair it"):
+        model = meta_model(config)
     rows = []
     for budget in budgets:
         row: dict[str, Any] = {"num_visual_tokens": budget}
@@ -147,7 +122,8 @@ def profile(
     for file, mark in ((json_file, b'"num_visual_tokens"'), (png_file, b"Matplotlib")):
         if file is not None:
             check_writable(file, mark)
-    budgets = check_budgets(config, budgets)
+    check_budgets(config, budgets)
+    budgets = sorted(set(budgets or config.legal_num_visual_tokens), reverse=True)
     place = check_device(device)
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
@@ -196,27 +172,9 @@ def load_model(source: str, device: torch.device, dtype: torch.dtype | str) -> D
     Raises:
         UserError: if its weights cannot be read, or do not fit in memory.
     """
-    try:
+    advice = "check it with `delta-llava verify`, or count without weights by --analytic"
+    with told(f"{source}: its weights cannot be loaded", advice):
         return DeltaLlavaForConditionalGeneration.from_pretrained(source, dtype=dtype).eval().to(device)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"{source}: its weights cannot be loaded ({_first_line(error)}); check it with `delta-llava verify`, or "
-            "count without weights by --analytic"
-        ) from error
-
-
-def check_device(name: str | None) -> torch.device:
-    """The device to measure on; by default the CUDA device when there is one.
-
-    Raises:
-        UserError: if it cannot be used here.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def random_model(

@@ -4,10 +4,9 @@ import sys
 
 import torch.distributed as dist
 
-from delta_llava.errors import UserError
+from delta_llava.errors import UserError, printable
 from delta_llava.redaction import scrub
 
-from .checkpoints import one_line
 from .run import finetune
 
 
@@ -22,7 +21,7 @@ def main(arguments: list[str]) -> int:
             dist.barrier()  # no process leaves while another still talks to it
             dist.destroy_process_group()
     except (UserError, OSError) as error:
-        print(f"error: {scrub(one_line(error))}", file=sys.stderr)
+        print(f"error: {scrub(printable(str(error), None))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -16,7 +16,7 @@ import yaml
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_torch_tf32_available
 
-from delta_llava.errors import UserError
+from delta_llava.errors import UserError, reason
 from delta_llava.redaction import hide, holds_secret
 
 from .checkpoints import run_identity
@@ -296,12 +296,12 @@ def build_arguments(settings: dict[str, Any], where: str = "the settings") -> Ru
     try:
         training = DeltaLlavaTrainingArguments(**chosen)
     except (ValueError, ImportError, TypeError) as error:
-        raise UserError(f"{where}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{where}: {reason(error)}") from None
     try:
         for callback in get_reporting_integration_callbacks(training.report_to):
             callback()
     except (ValueError, ImportError, RuntimeError) as error:
-        raise UserError(f"{where}: report_to: {' '.join(str(error).split())}") from None
+        raise UserError(f"{where}: report_to: {reason(error)}") from None
     settings |= run_identity(model, data, training)
     return RunArguments(model=model, data=data, training=training, settings=settings, check_data=check_data)
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from delta_llava.errors import UserError
 
+from ..building import check_budgets
 from ..configuration_delta_llava import DeltaLlavaConfig
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
@@ -24,7 +25,7 @@ from .data import JsonLines, load_rows
 from .parts import count_parts, set_trained, with_lora
 from .pictures import BrokenImageError, open_image
 from .rows import RowError, parse_line, parse_row
-from .start import check_budgets, read_start
+from .start import read_start
 from .text import IGNORED_LABEL, ConversationEncoder, expand
 
 HISTOGRAM_BARS = 10

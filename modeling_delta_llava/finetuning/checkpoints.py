@@ -259,8 +259,3 @@ def is_no_space(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def one_line(error: Exception) -> str:
-    """An error's message without line breaks; its class where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 import transformers
 
-from delta_llava.errors import UserError
+from delta_llava.errors import UserError, reason
 from delta_llava.redaction import ScrubbedRecords
 
+from ..building import check_budgets
 from ..folders import check_output_folder
 from ..sources import local_folder
 from .arguments import ModelArguments, RunArguments, load_arguments
@@ -23,7 +24,6 @@ from .checkpoints import (
     UNFINISHED_FOLDER,
     checkpoint_to_resume,
     is_no_space,
-    one_line,
     write_settings,
 )
 from .collator import DeltaLlavaCollator
@@ -33,7 +33,6 @@ from .samplers import budget_draw
 from .start import (
     BASE_FOLDER,
     built_whole,
-    check_budgets,
     check_default_budget,
     compose,
     load_model,
@@ -74,14 +73,14 @@ def run(arguments: RunArguments) -> Path | None:
         trainer.save_model()
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of memory on the device ({one_line(error)}); lower per_device_train_batch_size (and raise "
+            f"out of memory on the device ({reason(error)}); lower per_device_train_batch_size (and raise "
             "gradient_accumulation_steps likewise), or set gradient_checkpointing: true"
         ) from error
     except SAVE_ERRORS as error:
         if not is_no_space(error):
             raise
         raise UserError(
-            f"no space left while saving to {arguments.training.output_dir} ({one_line(error)}); finished "
+            f"no space left while saving to {arguments.training.output_dir} ({reason(error)}); finished "
             "checkpoints are whole: free some space and continue with --resume_from_checkpoint auto"
         ) from error
     except UserError as error:

@@ -9,23 +9,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 from transformers.integrations import deepspeed as deepspeed_integration
 
-from delta_llava.errors import UserError
+from delta_llava.errors import UserError, told
 
-from ..building import backbone_chat_template, build_processor, load_tokenizer, read_chat_template
+from ..building import (
+    backbone_chat_template,
+    build_processor,
+    check_budgets,
+    check_chat_template,
+    load_tokenizer,
+    read_chat_template,
+)
 from ..configuration_delta_llava import DeltaLlavaConfig
 from ..folders import atomic_folder
 from ..foreign_code import refuse_foreign_code, strip_foreign_code
-from ..json_files import read_json
+from ..json_files import check_files, check_sizes, read_json
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
 from ..projector_delta_llava import DeltaLlavaProjector
 from ..sources import local_folder
 from .arguments import DataArguments, DeltaLlavaTrainingArguments, ModelArguments
-from .checkpoints import SETTINGS_FILE, one_line, read_stored_settings, write_settings
+from .checkpoints import SETTINGS_FILE, read_stored_settings, write_settings
 from .parts import NOT_QUANTIZED, PROJECTOR_MODULE
 
 logger = logging.getLogger(__name__)
@@ -38,15 +44,13 @@ def read_config(folder: Path, what: str) -> Any:
     """The config in a folder.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: there is none, it cannot be read, or it describes a model without end.
     """
-    try:
+    check_files(folder)
+    check_sizes(read_json(folder / "config.json"), folder / "config.json")
+    advice = f"give a model that transformers knows without code of its own as --{what}"
+    with told(f"{what}: {folder} has no readable config.json", advice):
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise UserError(
-            f"{what}: {folder} has no readable config.json ({one_line(error)}); give a model that transformers knows "
-            f"without code of its own as --{what}"
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,17 @@ def read_base_parts(model: ModelArguments, data: DataArguments, weights: bool = 
     vision_config = getattr(vision_config, "vision_config", vision_config)
     if text_config.model_type == DeltaLlavaConfig.model_type:
         raise UserError(f"language_model: {model.language_model} is a whole Delta-LLaVA; pass it as --model")
-    tokenizer, image_token = load_tokenizer(text_folder, text_config.model_type)
+    rows = getattr(text_config, "vocab_size", None)
+    if not isinstance(rows, int):
+        raise UserError(
+            f"language_model: {model.language_model} is of type {text_config.model_type}, no language model; give one "
+            "as --language_model"
+        )
+    tokenizer, image_token = load_tokenizer(text_folder, text_config.model_type, rows=rows)
     image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-    text_config.vocab_size = max(text_config.vocab_size, image_token_id + 1)
-    try:
+    text_config.vocab_size = max(rows, image_token_id + 1)
+    advice = "correct `projector` or `num_visual_tokens`, or give another --vision_tower"
+    with told("the projector cannot be built", advice):
         config = DeltaLlavaConfig(
             vision_config=vision_config,
             text_config=text_config,
@@ -87,11 +98,6 @@ def read_base_parts(model: ModelArguments, data: DataArguments, weights: bool = 
             num_visual_tokens=model.num_visual_tokens,
             **model.projector,
         )
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(
-            f"the projector cannot be built: {one_line(error)}; correct `projector` or `num_visual_tokens`, or give "
-            "another --vision_tower"
-        ) from None
     preprocessor_file = vision_folder / "preprocessor_config.json"
     preprocessor = read_json(preprocessor_file) if preprocessor_file.is_file() else None
     if data.format == "v1":
@@ -126,18 +132,14 @@ def compose(folder: Path, model: ModelArguments, data: DataArguments, seed: int 
     if (folder / SETTINGS_FILE).is_file() and read_stored_settings(folder) == made_from:
         return folder
     parts = read_base_parts(model, data)
-    try:
+    advice = "both must hold whole weights: download them again, or give others"
+    with told(f"{model.language_model} with {model.vision_tower} cannot be loaded", advice):
         with torch.device("meta"):
             tower_class = type(AutoModel.from_config(parts.config.vision_config, trust_remote_code=False))
         language_model = AutoModelForCausalLM.from_pretrained(
             str(parts.text_folder), dtype="auto", trust_remote_code=False
         )
         tower = tower_class.from_pretrained(str(parts.vision_folder), dtype="auto")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{model.language_model} with {model.vision_tower} cannot be loaded ({one_line(error)}); both "
-            "must hold whole weights: download them again, or give others"
-        ) from None
     if language_model.get_input_embeddings().num_embeddings < parts.config.text_config.vocab_size:
         append_rows(language_model, parts.config.text_config.vocab_size)
 
@@ -261,19 +263,18 @@ def load_processor(folder: Path, model: ModelArguments, data: DataArguments) -> 
     """The processor in a Delta-LLaVA folder, with the run's budget and picture padding.
 
     Raises:
-        UserError: the folder has no processor.
+        UserError: the folder has no processor, or one whose chat template cannot be used.
     """
-    try:
+    check_files(folder)
+    with told(f"model: {folder} has no usable processor", "convert the checkpoint again"):
         processor = DeltaLlavaProcessor.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"model: {folder} has no usable processor ({one_line(error)}); convert the checkpoint again"
-        ) from None
     processor.image_processor.do_pad = data.image_aspect_ratio == "pad"
     if model.num_visual_tokens is not None:
         processor.num_visual_tokens = model.num_visual_tokens
     if data.format == "v1":
         processor.chat_template = read_chat_template("vicuna_v1", processor.image_token)
+    elif processor.chat_template:
+        check_chat_template(processor, folder)
     return processor
 
 
@@ -312,16 +313,6 @@ def read_start(model: ModelArguments, data: DataArguments) -> tuple[DeltaLlavaCo
     return config, load_processor(folder, model, data)
 
 
-def check_budgets(config: DeltaLlavaConfig, budgets: list[int] | None) -> None:
-    """Raises `UserError` when a budget is not possible on the model's patch grid."""
-    for budget in budgets or []:
-        if budget not in config.legal_num_visual_tokens:
-            raise UserError(
-                f"visual token budget {budget} is not possible on a {config.grid_size} x {config.grid_size} grid; "
-                f"choose from {', '.join(map(str, config.legal_num_visual_tokens))}"
-            )
-
-
 def check_default_budget(config: DeltaLlavaConfig, budgets: list[int] | None) -> None:
     """Raises `UserError` when the budget that the saved model would use by default is never trained."""
     if budgets and config.num_visual_tokens not in budgets:
@@ -347,16 +338,11 @@ def load_model(
         settings["device_map"] = {"": training.device}
     if model.attn_implementation is not None:
         settings["attn_implementation"] = model.attn_implementation
-    try:
-        with kept_in_fp32(modules):
-            loaded, report = DeltaLlavaForConditionalGeneration.from_pretrained(
-                str(folder), dtype=dtype, output_loading_info=True, **settings
-            )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise UserError(
-            f"model: {folder} cannot be loaded ({one_line(error)}); check its weight files, --attn_implementation and "
-            "--quantization"
-        ) from None
+    advice = "check its weight files, --attn_implementation and --quantization"
+    with told(f"model: {folder} cannot be loaded", advice), kept_in_fp32(modules):
+        loaded, report = DeltaLlavaForConditionalGeneration.from_pretrained(
+            str(folder), dtype=dtype, output_loading_info=True, **settings
+        )
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(f"model: {folder} lacks {len(missing)} weights, such as {missing[0]}; convert it again")

@@ -4,12 +4,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
-from delta_llava.errors import UserError
+from delta_llava.errors import UserError, reason
 
 from ..building import read_chat_template
-from .checkpoints import one_line
 from .rows import RowError
 
 IGNORED_LABEL = -100
@@ -104,8 +101,8 @@ class ConversationEncoder:
     def _apply_template(self, messages: list[dict[str, Any]], **options: Any) -> Any:
         try:
             return self.tokenizer.apply_chat_template(messages, chat_template=self.template, **options)
-        except (TemplateError, TypeError) as error:  # TypeError: a template that takes every content for a text
-            raise RowError(f"the chat template cannot show this conversation ({one_line(error)})") from None
+        except Exception as error:  # a template is a program: it raises what it likes
+            raise RowError(f"the chat template cannot show this conversation ({reason(error)})") from None
 
 
 def expand(text: EncodedText, image_token_id: int, num_visual_tokens: int, max_length: int) -> ExpandedText:

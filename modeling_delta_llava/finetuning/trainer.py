@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
 
-from delta_llava.errors import UserError
+from delta_llava.errors import UserError, reason
 
 from ..card import EXAMPLE, trained_card
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
@@ -35,7 +35,6 @@ from .checkpoints import (
     is_no_space,
     last_finished_checkpoint,
     move_result,
-    one_line,
     remove_unfinished,
     with_stored_weights,
     write_settings,
@@ -152,10 +151,10 @@ class DeltaLlavaTrainer(Trainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = dict(inputs)
         reasons = inputs.pop(SKIPPED_KEY, [])
-        for reason in reasons:
-            if reason not in self.skipped:
-                logger.warning("left out: %s", reason)
-            self.skipped[reason] += 1
+        for problem in reasons:
+            if problem not in self.skipped:
+                logger.warning("left out: %s", problem)
+            self.skipped[problem] += 1
         self._skipped_since_log += len(reasons)
         if self.model.training and "attention_mask" in inputs:
             mask = inputs["attention_mask"]
@@ -229,7 +228,7 @@ class DeltaLlavaTrainer(Trainer):
             if self.args.should_save and trial.is_dir():  # sharded FSDP checkpoints have nothing for the Hub
                 check_readable(trial)
         except (*SAVE_ERRORS, ValueError, TypeError) as error:
-            raise UserError(f"output_dir: a trial save to {output_dir} failed ({one_line(error)})") from error
+            raise UserError(f"output_dir: a trial save to {output_dir} failed ({reason(error)})") from error
         if self.args.should_save:
             remove_unfinished(output_dir)
             logger.info("A trial save to %s succeeded.", output_dir)
