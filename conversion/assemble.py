@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from delta_llava.errors import UserError, reason
+from delta_llava.errors import UserError, told
 from modeling_delta_llava.conversion import configs
 from modeling_delta_llava.conversion.lora import check_adapter_config, low_rank_factors, merged, without_peft
 from modeling_delta_llava.conversion.record import make_record
@@ -42,7 +42,7 @@ from modeling_delta_llava.conversion.tables import (
     training_table,
 )
 from modeling_delta_llava.conversion.weights import Weight, Weights, check_weights, same_values, with_parts_split
-from modeling_delta_llava.json_files import read_json
+from modeling_delta_llava.json_files import check_files, read_json
 from modeling_delta_llava.sources import file_inside, local_folder
 
 DTYPES = {"keep": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -476,14 +476,9 @@ def _tokenizer(model: Model, source: Path, model_type: str, found: _Found):
     if model.is_ours:
         for folder in folders:
             if (folder / "processor_config.json").exists():
-                try:
+                check_files(folder)
+                with told(f"the processor in {folder} cannot be used", "copy its JSON files and its tokenizer again"):
                     processor = DeltaLlavaProcessor.from_pretrained(folder, trust_remote_code=False)
-                # Its many parts fail in many ways, the tokenizers library with a plain Exception.
-                except Exception as error:
-                    raise UserError(
-                        f"the processor in {folder} cannot be used ({reason(error)}): copy its JSON files and "
-                        "its tokenizer again"
-                    ) from error
                 return processor.tokenizer, processor.image_token, folder, processor
     files = ("tokenizer.model", "tokenizer.json", "vocab.json")
     folder = next((path for path in folders if any((path / name).exists() for name in files)), source)

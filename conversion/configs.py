@@ -4,10 +4,10 @@ import copy
 import re
 from pathlib import Path
 
-from delta_llava.errors import UserError, reason
+from delta_llava.errors import UserError, told
 from modeling_delta_llava.configuration_delta_llava import DEFAULT_VISION_CONFIG, DeltaLlavaConfig
 from modeling_delta_llava.conversion.source import PLAIN
-from modeling_delta_llava.json_files import read_json
+from modeling_delta_llava.json_files import check_sizes, read_json
 
 # Fields of a training config that describe the multimodal part or the run; the rest is the language model's.
 _TRAINING_FIELDS = re.compile(
@@ -70,12 +70,10 @@ def build_sub_config(fields: dict, where: Path):
     """
     from transformers import AutoConfig
 
+    check_sizes(fields, where)
     fields = dict(fields)
-    try:
+    with told(f"{where} cannot be used by transformers", "check its values"):
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
-    # Strict configs raise a family of errors of their own, old ones ValueError or TypeError.
-    except Exception as error:
-        raise UserError(f"{where} cannot be used by transformers: {reason(error)}") from error
 
 
 def tower_config_fields(folder: Path) -> dict:
@@ -179,11 +177,9 @@ def build_config(
 
 
 def _checked_config(config_class: type, fields: dict, where: Path):
-    try:
+    check_sizes(fields, where)
+    with told(f"{where} describes an impossible model", "check its values"):
         return config_class(**fields)
-    # Configs are strict: their checks arrive wrapped in huggingface_hub's own error classes.
-    except Exception as error:
-        raise UserError(f"{where} describes an impossible model: {reason(error)}") from error
 
 
 def _grid_side(vision_config, where: Path) -> int:
@@ -234,16 +230,13 @@ def expected_shapes(
     import torch
     from transformers import AutoModel
 
-    try:
+    with told(f"{where} describes an impossible model", "check its values"):
         model = build_meta_model(config, projector)
         vision_config = copy.deepcopy(config.vision_config)
         if hasattr(vision_config, "vision_use_head"):
             vision_config.vision_use_head = True
         with torch.device("meta"):
             whole_tower = AutoModel.from_config(vision_config)
-    # Sizes and settings that the config classes let pass fail anywhere in the model's constructors.
-    except Exception as error:
-        raise UserError(f"{where} describes an impossible model ({reason(error)}): check its values") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from delta_llava.errors import UserError, reason
+from delta_llava.errors import UserError, told
 from modeling_delta_llava.conversion import configs
 from modeling_delta_llava.conversion.convert import (
     SMALL_FILES_BYTES,
@@ -35,7 +35,7 @@ from modeling_delta_llava.conversion.weights import Weight, Weights, check_weigh
 from modeling_delta_llava.conversion.write import parse_size, write_shards
 from modeling_delta_llava.folders import atomic_folder, check_output, check_space
 from modeling_delta_llava.foreign_code import refuse_foreign_code
-from modeling_delta_llava.json_files import read_json, write_json
+from modeling_delta_llava.json_files import check_sizes, read_json, write_json
 from modeling_delta_llava.sources import file_inside, local_folder, require_folder
 
 
@@ -118,11 +118,9 @@ def read_hub_config(folder: Path):
             "give a folder that `delta-llava convert` or finetuning wrote"
         )
     config_class, projector = classes[fields["model_type"]]
-    try:
+    check_sizes(fields, folder / "config.json")
+    with told(f"{folder / 'config.json'} cannot be read", "copy or download the folder again"):
         return config_class.from_dict(fields), projector
-    # Strict configs wrap their checks in huggingface_hub's own error classes.
-    except Exception as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read: {reason(error)}") from error
 
 
 def read_hub_weights(folder: Path, config, projector: str) -> tuple[Weights, Checkpoint]:

@@ -126,13 +126,13 @@ def with_parts_split(weights: Weights) -> Weights:
         stored = weight.stored
         if name.rpartition(".")[0] == QKV_FUSED:
             if not stored.shape or stored.shape[0] % len(QKV):
-                raise UserError(f"{told(weight)}, not {len(QKV)} equal parts")
+                raise UserError(f"{described(weight)}, not {len(QKV)} equal parts")
             for part, rows in zip(QKV, stored.chunk(len(QKV)), strict=True):
                 result[f"{part}.{name.rpartition('.')[2]}"] = replace(weight, stored=rows)
         elif name in SQUEEZED and stored.shape[2:] == (1, 1):
             result[name] = replace(weight, stored=stored.flatten(1))
         elif name in SQUEEZED and stored.ndim != 2:
-            raise UserError(f"{told(weight)}, not that of a 1x1 convolution")
+            raise UserError(f"{described(weight)}, not that of a 1x1 convolution")
         else:
             result[name] = weight
     return result
@@ -150,7 +150,7 @@ def with_parts_joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def told(weight: Weight) -> str:
+def described(weight: Weight) -> str:
     return f"tensor {weight.key!r} in {weight.file} has shape {tuple(weight.stored.shape)}"
 
 
@@ -179,7 +179,7 @@ def check_weights(
     for name, weight in weights.items():
         shape = needed[name] if name in needed else optional[name]
         if weight.shape != shape:
-            raise UserError(f"{told(weight)}, but config.json describes {shape} for {name}{_hint(name)}")
+            raise UserError(f"{described(weight)}, but config.json describes {shape} for {name}{_hint(name)}")
         if weight.stored.dtype not in FLOATING:
             raise UserError(
                 f"tensor {weight.key!r} in {weight.file} is {str(weight.stored.dtype).removeprefix('torch.')}: "

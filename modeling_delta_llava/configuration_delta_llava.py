@@ -215,7 +215,8 @@ class DeltaLlavaConfig(transformers.PreTrainedConfig):
                     f"vision_config of type {vision.model_type!r} has no integer `{field}`: "
                     "Delta-LLaVA needs a vision encoder with square images and square patches"
                 )
-        if not 0 < (patch_size := vision.patch_size) <= (image_size := vision.image_size):
+        image_size, patch_size = vision.image_size, vision.patch_size
+        if not 0 < patch_size <= image_size:
             raise ValueError(f"vision_config has {image_size=} and {patch_size=}: the patch grid would be empty")
         if text.is_encoder_decoder or not isinstance(getattr(text, "hidden_size", None), int):
             raise ValueError(f"text_config of type {text.model_type!r} is not a decoder-only language model")
