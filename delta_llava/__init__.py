@@ -1,1 +1,1 @@
-"""What starts without torch and transformers: the command line, its errors, and the process that uploads."""
+"""What starts without torch and transformers: the command line and its errors."""

@@ -25,7 +25,7 @@ from modeling_delta_llava.configuration_delta_llava import TRANSFORMERS_RANGE, U
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
-DATA_SUFFIXES = {".yaml", ".yml", ".json", ".jinja", ".jpg", ".md", ".txt"}
+DATA_SUFFIXES = {".yaml", ".yml", ".json", ".jinja", ".jpg", ".png", ".md", ".txt"}
 SOURCE_FOLDERS = sorted(set(SETUPTOOLS["package-dir"].values()))
 
 # Imports every package by its full name, here and in a spawned process which unpickles a class of it by reference.

@@ -104,7 +104,7 @@ def test_both_recipes_from_the_hub_to_the_hub(hub, client, tmp_path, monkeypatch
     )
     assert stage2.returncode == 0, stage2.stderr
     card = ModelCard(hub.repos["user/stage2"].find("main").tree["README.md"].content.decode())
-    assert card.data.base_model == ["user/stage1"]
+    assert card.data.base_model == "user/stage1"
     assert card.data.base_model_relation == "finetune"
     assert not [name for name in hub.files("user/stage1") if name.startswith("_")]
     names = ("user/stage2", str(tmp_path / "stage2" / "checkpoint-2"))

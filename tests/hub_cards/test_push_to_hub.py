@@ -6,6 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from modeling_delta_llava.card import state_of
 from modeling_delta_llava.hub_cards.metadata import metadata_problems
 from tests.hub_cards.test_publish import ANSWER
 
@@ -143,7 +144,8 @@ def test_our_trainer_names_the_repository_in_its_card(hub, client, hub_folder, t
     assert process.returncode == 0, process.stderr
     card = card_of(hub, "user/tuned")
     assert metadata_problems(card.data.to_dict()) == []
-    assert 'model="user/tuned"' in card.text
-    assert "## Training" in card.text
+    assert 'model_id = "user/tuned"\nrevision = "main"\n' in card.text
+    assert state_of(card)["training"]["steps"] == 1
+    assert "example.png" in hub.files("user/tuned")
     assert str(tmp_path) not in card.content
     assert "modeling_delta_llava.py" in hub.files("user/tuned")
