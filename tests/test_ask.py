@@ -1,6 +1,11 @@
 """`delta-llava ask`: answers, one-line errors, exit status 2."""
 
+import contextlib
 import json
+import os
+import socket
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +15,7 @@ from delta_llava.errors import UserError
 from modeling_delta_llava import asking
 from tests.tiny import encoded, picture
 
+SURROGATE = os.fsdecode(b"What \xff?")
 CAT = Path(__file__).parents[1] / "assets" / "cat.jpg"
 
 
@@ -53,13 +59,20 @@ def test_text_alone(hub_folder, capsys):
         (b"plain text", "not an image"),
         (encoded(picture((1, 2, 3), (64, 64)), "JPEG")[:400], "damaged"),
         ("folder", "is a folder"),
+        ("pipe", "is a pipe, device or socket"),
+        ("socket", "is a pipe, device or socket"),
     ],
-    ids=["missing", "text", "truncated", "folder"],
+    ids=["missing", "text", "truncated", "folder", "pipe", "socket"],
 )
-def test_bad_images(write, message, hub_folder, tmp_path):
-    path = tmp_path / "picture.jpg"
+def test_bad_images(write, message, hub_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path("picture.jpg")
     if write == "folder":
         path.mkdir()
+    elif write == "pipe":
+        os.mkfifo(path)
+    elif write == "socket":
+        socket.socket(socket.AF_UNIX).bind(str(path))
     elif write is not None:
         path.write_bytes(write)
     with pytest.raises(UserError, match=message):
@@ -110,8 +123,133 @@ def test_bad_configs(config, message, tmp_path):
         ({"dtype": "int8"}, "choose one of auto"),
         ({"device": "abacus"}, "abacus"),
         ({"question": "word " * 600}, "context is 512"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
+        ({"device": "meta"}, "device 'meta' cannot be used"),
+        ({"images": ["/dev/zero"]}, "/dev/zero is a pipe, device or socket"),
+        ({"question": SURROGATE}, "not UTF-8"),
+        ({"question": SURROGATE[5:], "images": []}, "not UTF-8"),
+        ({"question": "\ud800"}, "not UTF-8"),
     ],
 )
 def test_bad_settings(arguments, message, hub_folder):
     with pytest.raises(UserError, match=message):
         asking.ask(**{"model": str(hub_folder), "question": "What?", "images": [str(CAT)], **arguments})
+
+
+@contextlib.contextmanager
+def server(answer):
+    """The address of a server whose connections `answer` serves, until it returns or the client goes."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    with connection, contextlib.suppress(OSError):
+                        connection.recv(4096)
+                        answer(connection)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/picture.png"
+        listening.shutdown(socket.SHUT_RDWR)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n"
+
+
+def never_answers(connection):
+    connection.recv(1)
+
+
+def drips_headers(connection):
+    connection.sendall(HEAD)
+    while True:
+        connection.sendall(b"X")
+        time.sleep(0.05)
+
+
+def drips_the_picture(connection):
+    connection.sendall(HEAD + b"Content-Length: 100000\r\n\r\n")
+    while True:
+        connection.sendall(b"X")
+        time.sleep(0.05)
+
+
+def never_ends(connection):
+    connection.sendall(HEAD + b"\r\n")
+    while True:
+        connection.sendall(bytes(2**16))
+
+
+def is_cut_short(connection):
+    connection.sendall(HEAD + b"Content-Length: 100000\r\n\r\nX")
+
+
+def redirects(target):
+    return lambda connection: connection.sendall(
+        b"HTTP/1.1 302 Found\r\nLocation: " + target + b"\r\nContent-Length: 0\r\n\r\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (never_answers, "not complete after 1 seconds"),
+        (drips_headers, "not complete after 1 seconds"),
+        (drips_the_picture, "not complete after 1 seconds"),
+        (never_ends, "larger than 1 MB"),
+        (is_cut_short, "damaged|not an image"),
+        (redirects(b"/again"), "redirect"),
+        (redirects(b"file:///etc/passwd"), "cannot be fetched"),
+        (redirects(b"ftp://127.0.0.1/picture.png"), "cannot be fetched .*ftp"),
+        (lambda connection: connection.sendall(b"nonsense\r\n\r\n"), "cannot be fetched .*nonsense"),
+    ],
+)
+def test_an_address_has_a_time_and_a_size(answer, message, monkeypatch):
+    monkeypatch.setattr(asking, "DOWNLOAD_SECONDS", 1)
+    monkeypatch.setattr(asking, "MAX_PICTURE_BYTES", 1_000_000)
+    begin = time.monotonic()
+    with server(answer) as address, pytest.raises(UserError, match=message):
+        asking.open_image(address)
+    assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", {"dtype": "evil"}),
+        ("config.json", {"text_config": {"model_type": "llama", "num_hidden_layers": 10**9}}),
+        ("config.json", [1]),
+        ("processor_config.json", 3),
+        ("tokenizer_config.json", [1]),
+        ("generation_config.json", [1]),
+        ("chat_template.jinja", "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"),
+        ("chat_template.jinja", "{{ 1 / 0 }}"),
+        ("chat_template.jinja", "{{ raise_exception('no\\n\\x1b[31m' ~ 'a' * 5000) }}"),
+        ("config.json", "loop"),
+        ("processor_config.json", "loop"),
+        ("tokenizer.json", "pipe"),
+    ],
+    ids=str,
+)
+def test_hostile_folders_are_refused_in_one_line(name, change, hub_folder, tmp_path, capsys):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in hub_folder.iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / name).unlink()
+    if change == "loop":
+        (folder / name).symlink_to(name)
+    elif change == "pipe":
+        os.mkfifo(folder / name)
+    elif name.endswith(".jinja"):
+        (folder / name).write_text(change)
+    else:
+        before = json.loads((hub_folder / name).read_text())
+        (folder / name).write_text(json.dumps(before | change if isinstance(change, dict) else change))
+    assert cli.main(["ask", str(folder), "What?", "--max-new-tokens", "1"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert error.isprintable()
+    assert str(folder) in error
+    assert len(error) < len(str(folder)) + 500

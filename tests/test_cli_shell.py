@@ -99,6 +99,7 @@ def test_usage_error_is_one_line(capsys, failing_command, arguments: list[str], 
     [
         (UserError("no such budget: 5; legal are 576, 144"), "error: no such budget: 5; legal are 576, 144"),
         (UserError("first\n  second"), "error: first second"),
+        (UserError("a\x1b[31m red\x00 name"), "error: a [31m red name"),
         (FileNotFoundError(2, "No such file or directory", "a b.jpg"), "error: No such file or directory: a b.jpg"),
         (PermissionError(13, "Permission denied", "out"), "error: Permission denied: out"),
         (OSError("x is not a local folder\nand not on the Hub"), "error: x is not a local folder and not on the Hub"),
@@ -154,6 +155,38 @@ def test_no_arguments_prints_the_help(capsys):
     assert "Usage: delta-llava" in printed
     assert cli.main(["--help"]) == 0
     assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        ("--version >&-", 0),
+        ("--version <&- >&- 2>&-", 0),
+        ("nonsense 2>&-", 2),
+        ("--help >/dev/full", 2),
+    ],
+)
+def test_closed_and_full_streams(arguments, status):
+    command = f"'{sys.executable}' -m delta_llava {arguments}"
+    completed = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
+    assert completed.returncode == status
+    assert not completed.stderr or completed.stderr == "error: [Errno 28] No space left on device\n"
+
+
+def test_what_standard_output_cannot_encode_is_escaped():
+    code = (
+        "from delta_llava.cli import app, main, typer\n"
+        "app.command('show')(lambda: typer.echo('\\udcff \\u2013'))\n"
+        "raise SystemExit(main(['show']))"
+    )
+    completed = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+        timeout=120,
+    )
+    assert completed.stdout == b"\\udcff \\u2013\n"
+    assert completed.returncode == 0
 
 
 def test_reader_that_leaves_early_gets_no_traceback():

@@ -47,6 +47,8 @@ def open_image(image: Any, folder: Path | None = None, max_pixels: int | None = 
     encoded = source.get("bytes") if isinstance(source, dict) else source
     if not isinstance(encoded, (bytes, bytearray, Path, Image.Image)):
         raise BrokenImageError(f"{name}: neither a file name nor image data ({type(image).__name__})")
+    if isinstance(encoded, Path) and encoded.exists() and not encoded.is_file():
+        raise BrokenImageError(f"{name}: a folder, pipe, device or socket, no picture")
     try:
         if isinstance(encoded, Image.Image):
             picture = encoded

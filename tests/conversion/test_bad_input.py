@@ -431,7 +431,11 @@ def test_no_tokenizer(stage2, refused):
         (SHARDS[0], "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
         ("tokenizer_config.json", "{", "tokenizer_config.json is not valid JSON"),
         ("added_tokens.json", "[]", "added_tokens.json does not hold a JSON object"),
-        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "added tokens in no valid way (invalid literal"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"x": {}}}',
+            "added tokens in no valid way (invalid literal",
+        ),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"448": {}}}', "in no valid way (KeyError: 'content')"),
         ("added_tokens.json", '{"<pad>": "last"}', "added tokens in no valid way (invalid literal"),
         ("tokenizer.model", "hello", "is not a sentencepiece model"),

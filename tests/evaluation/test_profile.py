@@ -98,7 +98,10 @@ def test_the_figure_stacks_components_and_labels_budgets(tmp_path):
     ("arguments", "message"),
     [
         (["delta-llava-vicuna-7b-144"], "--analytic"),
-        (["delta-llava-vicuna-7b-144", "--analytic", "--num-visual-tokens", "100"], "100 visual tokens"),
+        (
+            ["delta-llava-vicuna-7b-144", "--analytic", "--num-visual-tokens", "100"],
+            "num_visual_tokens=100 is",
+        ),
         (["delta-llava-vicuna-7b-144", "--analytic", "--num-visual-tokens", "many"], "'many'"),
         (["delta-llava-vicuna-7b-144", "--analytic", "--png", "figure.svg"], "figure.svg"),
         (["delta-llava-vicuna-7b-144", "--analytic", "--dtype", "int3"], "int3"),

@@ -300,7 +300,10 @@ BAD_INPUTS = {
         with_model("chat_template.jinja", lambda text: "{% for m in messages %}{{ m.content }}{% endfor %}"),
         r"no {% generation %} marks.*pass --format v1",
     ),
-    "impossible budget": ({"visual_token_budgets": [16, 7]}, "budget 7 is not possible on a 4 x 4 grid.*16, 4, 1"),
+    "impossible budget": (
+        {"visual_token_budgets": [16, 7]},
+        "num_visual_tokens=7 is not possible.*16, 4, 1",
+    ),
     "default never trained": ({"visual_token_budgets": [16, 1]}, "default of 4 visual tokens.*--num_visual_tokens 16"),
     "empty budget list": ({"visual_token_budgets": []}, "visual_token_budgets must be different positive numbers"),
     "no folder for a picture": ({"image_folder": "nowhere"}, "image_folder: nowhere is no folder"),
