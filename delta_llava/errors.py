@@ -41,7 +41,7 @@ def told(what: str, advice: str) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, BrokenPipeError):
+    except (UserError, BrokenPipeError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:
+    except BaseException as error:  # a panic of a library in Rust is no Exception
         raise UserError(f"{what} ({reason(error)}): {advice}") from error

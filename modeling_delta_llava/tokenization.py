@@ -16,7 +16,7 @@ from .json_files import check_file
 
 SPACE = "▁"
 # Far beyond any Llama-style model: the work grows with the pieces and with the square of their length.
-MAX_PIECES, MAX_PIECE_LENGTH = 300_000, 256
+MAX_PIECES, MAX_PIECE_LENGTH = 150_000, 256
 
 
 def _load_sentencepiece(model_file: str | Path):

@@ -64,8 +64,7 @@ def count(
     torch, in `closed_form` (left out for decoders it does not describe) and in the
     `paper_convention`; `key_value_cache_bytes` in 16 bit for prompt and answer.
     """
-    with told("the config describes no model", "repair it"):
-        model = meta_model(config)
+    model = meta_model(config)
     rows = []
     for budget in budgets:
         row: dict[str, Any] = {"num_visual_tokens": budget}
@@ -133,7 +132,8 @@ def profile(
             f"{budgets[0]} visual, {text_tokens} text and {new_tokens} new tokens do not fit the language model's "
             f"context of {context}; ask for less"
         )
-    document = {"model": name, **count(config, budgets, text_tokens, new_tokens)}
+    with told(f"{name}: its config describes no model", "repair it"):
+        document = {"model": name, **count(config, budgets, text_tokens, new_tokens)}
     if weights is not None:
         if weights == "random":
             model = random_model(config, place, DTYPES[dtype or "bfloat16"])

@@ -203,7 +203,7 @@ def _read_settings(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         line = f" line {mark.line + 1}" if mark is not None else ""
         raise UserError(f"{path}:{line} is no YAML ({getattr(error, 'problem', error)}); repair the file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); check the path") from None
+        raise UserError(f"{path}: cannot be read ({reason(error)}); check the path") from None
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise UserError(f"{path}: expected `key: value` lines; see the packaged recipes for an example")
     base = loaded.pop("base", None)

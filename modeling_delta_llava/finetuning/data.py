@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from delta_llava.errors import UserError
+from delta_llava.errors import UserError, told
 
 from .pictures import BrokenImageError, open_image, resolve_image
 from .rows import RowError, Sample, line_of_row, parse_line, parse_row, read_json_rows
@@ -140,7 +140,7 @@ def load_rows(
         import datasets
     except ImportError:
         raise UserError(f"{data_path}: reading this needs the `datasets` package; pip install datasets") from None
-    try:
+    with told(f"{data_path}: no dataset could be loaded", "check --data_path and --split"):
         if path.is_dir() and (path / "state.json").is_file():
             loaded = datasets.load_from_disk(str(path))
             loaded = loaded.to_iterable_dataset() if streaming else loaded
@@ -151,9 +151,6 @@ def load_rows(
             loaded = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
         else:
             loaded = datasets.load_dataset(data_path, split=split, streaming=streaming)
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{data_path}: no dataset could be loaded ({reason}); check --data_path and --split") from None
     loaded = _undecoded(loaded)
     return loaded if streaming else RowSource(data_path, loaded)
 

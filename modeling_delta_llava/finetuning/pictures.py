@@ -6,6 +6,8 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from delta_llava.errors import reason
+
 from ..processing_delta_llava import UNREADABLE, rgb_picture
 
 
@@ -68,4 +70,4 @@ def open_image(image: Any, folder: Path | None = None, max_pixels: int | None = 
     except Image.DecompressionBombError:
         raise BrokenImageError(f"{name}: too many pixels to decode safely") from None
     except UNREADABLE as error:
-        raise BrokenImageError(f"{name}: cannot be decoded ({error})") from None
+        raise BrokenImageError(f"{name}: cannot be decoded ({reason(error)})") from None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from delta_llava.errors import UserError
+from delta_llava.errors import UserError, reason
 
 IMAGE_MARK = "<image>"
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -188,7 +188,7 @@ def read_json_rows(path: Path, on_bad_row: str = "stop") -> list[Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such data file; pass an existing LLaVA JSON or JSONL as --data_path") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); check --data_path") from None
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({reason(error)}); check --data_path") from None
     if path.suffix == ".jsonl":
         rows = []
         for line_number, line in enumerate(text.split("\n"), start=1):

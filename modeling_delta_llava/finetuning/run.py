@@ -221,7 +221,7 @@ def prepare(arguments: RunArguments) -> tuple[DeltaLlavaTrainer, Path | None]:
         if training.process_index == 0 and not (output_dir / SETTINGS_FILE).is_file():
             write_settings(output_dir, arguments.settings)  # from now on the folder is a run's, also after a kill
     except OSError as error:
-        raise UserError(f"output_dir: {output_dir} cannot be made ({error}); give another folder") from None
+        raise UserError(f"output_dir: {output_dir} cannot be made ({reason(error)}); give another folder") from None
     folder = model_folder(arguments)
     model = load_model(folder, model_arguments, training)
     set_trained(model, model_arguments)

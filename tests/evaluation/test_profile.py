@@ -106,6 +106,8 @@ def test_the_figure_stacks_components_and_labels_budgets(tmp_path):
         (["delta-llava-vicuna-7b-144", "--analytic", "--png", "figure.svg"], "figure.svg"),
         (["delta-llava-vicuna-7b-144", "--analytic", "--dtype", "int3"], "int3"),
         (["delta-llava-vicuna-7b-144", "--analytic", "--device", "nosuch"], "nosuch"),
+        (["delta-llava-vicuna-7b-144", "--analytic", "--device", "cuda:99"], "cuda:99"),
+        (["delta-llava-vicuna-7b-144", "--analytic", "--dtype", "evil"], "evil"),
         (["delta-llava-vicuna-7b-144", "--random-weights", "--text-tokens", "5000"], "context"),
     ],
 )
@@ -125,13 +127,23 @@ def test_other_folders_are_refused_by_name(tmp_path, capsys):
     assert "nothing" in capsys.readouterr().err
 
 
-def break_budget(folder):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_visual_tokens": 5}))
+def config_with(**fields):
+    def damage(folder):
+        config = json.loads((folder / "config.json").read_text())
+        for section, values in fields.items():
+            config[section] = {**config[section], **values} if isinstance(values, dict) else values
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return damage
 
 
-def cut_config(folder):
-    (folder / "config.json").write_text("{")
+def config_of(text):
+    return lambda folder: (folder / "config.json").write_text(text)
+
+
+def link_config_to_itself(folder):
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to("config.json")
 
 
 def cut_weights(folder):
@@ -141,7 +153,18 @@ def cut_weights(folder):
 
 @pytest.mark.parametrize(
     ("damage", "words"),
-    [(break_budget, "num_visual_tokens"), (cut_config, "repair it"), (cut_weights, "delta-llava verify")],
+    [
+        (config_with(num_visual_tokens=5), "num_visual_tokens"),
+        (config_with(dtype="evil"), "evil"),
+        (config_with(dtype=["float32"]), "describes no model"),
+        (config_with(text_config={"num_hidden_layers": 10**9}), "text_config.num_hidden_layers"),
+        (config_with(text_config={"hidden_size": 33}), "describes no model"),
+        (config_with(text_config=[1]), "describes no model"),
+        (config_of("{"), "not valid JSON"),
+        (config_of("[1]"), "JSON object"),
+        (link_config_to_itself, "symbolic links"),
+        (cut_weights, "delta-llava verify"),
+    ],
 )
 def test_damaged_folders_are_refused_in_one_line(damage, words, hub_folder, tmp_path, capsys):
     shutil.copytree(hub_folder, tmp_path / "model")

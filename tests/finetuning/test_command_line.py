@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -299,6 +300,18 @@ BAD_INPUTS = {
     "no assistant marks": (
         with_model("chat_template.jinja", lambda text: "{% for m in messages %}{{ m.content }}{% endfor %}"),
         r"no {% generation %} marks.*pass --format v1",
+    ),
+    "layers without end": (
+        with_model("config.json", lambda text: json.dumps({"text_config": {"num_hidden_layers": 10**9}})),
+        "text_config.num_hidden_layers is 1000000000",
+    ),
+    "a template that divides by zero": (
+        with_model("chat_template.jinja", lambda text: "{{ 1 / 0 }}"),
+        "the chat template of .* cannot show a question .ZeroDivisionError",
+    ),
+    "a pipe for a picture": (
+        with_picture(lambda file: (file.unlink(), os.mkfifo(file))),
+        r"0\.png",
     ),
     "impossible budget": (
         {"visual_token_budgets": [16, 7]},
