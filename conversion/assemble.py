@@ -191,7 +191,9 @@ def assemble(source: str, options: Options) -> Assembly:
         text = configs.text_config_fields(model.config, model.config_path)
     tied_head_saved = _drop_tied_head(model, text, found)
     source_rows = vocabulary_rows(model.weights)
-    tokenizer, image_token, tokenizer_folder, processor = _tokenizer(model, opened.folder, text["model_type"], found)
+    tokenizer, image_token, tokenizer_folder, processor = _tokenizer(
+        model, opened.folder, text["model_type"], source_rows, found
+    )
     rows = _needed_rows(model.weights, source_rows, tokenizer, tokenizer_folder)
     config = configs.build_config(
         model.projector,
@@ -467,7 +469,7 @@ def _with_rows(weights: Weights, rows: int) -> Weights:
     return padded
 
 
-def _tokenizer(model: Model, source: Path, model_type: str, found: _Found):
+def _tokenizer(model: Model, source: Path, model_type: str, rows: int, found: _Found):
     """The tokenizer, its image token, its folder, and the processor of our own that it belongs to, if any."""
     from modeling_delta_llava.building import load_tokenizer
     from modeling_delta_llava.processing_delta_llava import DeltaLlavaProcessor
@@ -483,4 +485,4 @@ def _tokenizer(model: Model, source: Path, model_type: str, found: _Found):
     files = ("tokenizer.model", "tokenizer.json", "vocab.json")
     folder = next((path for path in folders if any((path / name).exists() for name in files)), source)
     length = model.config.get("tokenizer_model_max_length")
-    return *load_tokenizer(folder, model_type, length if isinstance(length, int) else None), folder, None
+    return *load_tokenizer(folder, model_type, length if isinstance(length, int) else None, rows), folder, None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from delta_llava.errors import UserError, reason
+from modeling_delta_llava.asking import check_device
 from modeling_delta_llava.card import SKIP_MODULES, load_card, state_of
 from modeling_delta_llava.folders import atomic_folder, check_output, check_space
 from modeling_delta_llava.foreign_code import refuse_foreign_code
@@ -100,7 +101,7 @@ def quantize(
         }
     else:
         options["load_in_8bit"] = True
-    where = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    where = check_device(device)
     # With this package's code, whatever the folder holds.
     model = DeltaLlavaForConditionalGeneration.from_pretrained(
         folder,

@@ -82,10 +82,12 @@ def check_output(output: Path, inputs: dict[str, Path], overwrite: bool) -> None
             raise UserError(f"OUTPUT {output} contains {role} {path}: choose another folder")
         if other in place.parents:
             raise UserError(f"OUTPUT {output} lies inside {role} {path}: choose another folder")
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
+    if output.exists() and not output.is_dir():
         raise UserError(f"OUTPUT {output} is a file or link: a folder is expected, choose another name")
     is_ours = not overwrite or holds_model(output)
     check_output_folder(output, f"OUTPUT {output}", "holds no model: it is not replaced", is_ours, replaces=True)
+    if output.is_symlink():
+        raise UserError(f"OUTPUT {output} is a file or link: a folder is expected, choose another name")
     if output.exists() and not overwrite:
         raise UserError(f"OUTPUT {output} exists: pass --overwrite to replace it, or choose another folder")
     for parent in output.absolute().parents:

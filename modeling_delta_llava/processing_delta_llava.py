@@ -51,6 +51,8 @@ def open_picture(source: str | os.PathLike | bytes) -> Image.Image:
             source = answer.read(MAX_DOWNLOAD_BYTES + 1)
         if len(source) > MAX_DOWNLOAD_BYTES:
             raise ValueError(f"{request.full_url} is larger than {MAX_DOWNLOAD_BYTES:,} bytes")
+    elif isinstance(source, os.PathLike) and not os.path.isfile(source):
+        raise ValueError(f"{source} is no file")  # a pipe or device might never end
     elif isinstance(source, str) and not os.path.isfile(source):
         try:
             return Image.open(io.BytesIO(base64.b64decode(source.rpartition(",")[2])))

@@ -69,7 +69,15 @@ def test_an_error_inside_leaves_nothing(tmp_path, error):
     assert names(tmp_path) == []
 
 
-def test_interrupted(tmp_path):
+@pytest.fixture
+def usual_signals():
+    """Handlers as in any process: a runner of tests may have changed them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupted(tmp_path, usual_signals):
     for number in (signal.SIGINT, signal.SIGTERM):
         with pytest.raises(UserError, match="interrupted: nothing was kept"), atomic_folder(tmp_path / "output"):
             signal.raise_signal(number)
@@ -77,7 +85,7 @@ def test_interrupted(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_interrupted_when_it_is_done(tmp_path, monkeypatch):
+def test_interrupted_when_it_is_done(tmp_path, monkeypatch, usual_signals):
     """What comes during the last rename comes too late: the folder is whole, and nobody says otherwise."""
     rename = os.rename
 

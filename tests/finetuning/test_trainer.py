@@ -493,7 +493,7 @@ def test_bad_folders(arguments, tmp_path, hub_folder):
     with pytest.raises(UserError, match="is a llama model, no Delta-LLaVA"):
         run(arguments(model=str(tmp_path / "llama")))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no readable config\.json"):
+    with pytest.raises(UserError, match=r"config\.json is missing"):
         run(arguments(model=str(tmp_path / "empty")))
     shutil.copytree(hub_folder, tmp_path / "cut")
     (tmp_path / "cut" / "tokenizer.json").unlink()

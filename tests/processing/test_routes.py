@@ -6,6 +6,7 @@ The expected pixels are written out with NumPy alone: EXIF orientation, alpha, 1
 import base64
 import http.server
 import io
+import os
 import threading
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers import pipeline
 
 from modeling_delta_llava import asking
 from modeling_delta_llava.finetuning.pictures import open_image
+from modeling_delta_llava.processing_delta_llava import open_picture
 from tests import tiny
 
 RANDOM = np.random.RandomState(0)
@@ -188,3 +190,11 @@ def test_every_route_gives_the_same_pixels(route, routes):
         if not torch.equal(pixels, reference):
             differing[kind] = (pixels - reference).abs().max().item()
     assert set(differing) == (CLIPPED_BY_PIPELINES if route == "pipeline, images" else set()), differing
+
+
+def test_a_pipe_is_no_picture(tmp_path):
+    """Opening it would wait for a writer that never comes."""
+    os.mkfifo(tmp_path / "pipe")
+    for source in (tmp_path / "pipe", str(tmp_path / "pipe")):
+        with pytest.raises(ValueError, match="pipe"):
+            open_picture(source)
