@@ -37,7 +37,6 @@ from modeling_delta_llava.conversion.tables import (
     TRAINED_PROJECTOR,
     Table,
     describe_keys,
-    new_name,
     rename,
     training_table,
 )
@@ -273,6 +272,8 @@ def _stage1_model(opened: Source, options: Options, found: _Found) -> Model:
     base = _base_model(opened, options, found)
     weights = {name: weight for name, weight in base.weights.items() if not name.startswith(PROJECTOR)}
     weights |= with_parts_split(projector)
+    if base.is_ours:  # which knows its tower and its tokens
+        return replace(base, weights=weights, projector=kind)
     return Model(weights, kind, opened.config, opened.folder / "config.json")
 
 
@@ -294,7 +295,9 @@ def _adapted_model(opened: Source, options: Options, found: _Found) -> Model:
         found.checkpoints.append(others)
         low_rank_factors(others, str(opened.folder / NON_LORA_FILE), expected=False)
         checkpoint = _joined(checkpoint, others)
-    trained = {key: name for key in checkpoint.tensors if ".lora_" not in key and (name := without_peft(key))}
+    # By the name that training gives it: what the second file says of a tensor counts.
+    by_name = {without_peft(key): key for key in checkpoint.tensors if ".lora_" not in key}
+    trained = {key: name for name, key in by_name.items() if name is not None}
     refuse_unused_features(opened.config, trained.values(), opened.folder)
     base = _base_model(opened, options, found)
     if base.is_ours:
@@ -316,9 +319,10 @@ def _adapted_model(opened: Source, options: Options, found: _Found) -> Model:
     overlay = found.renamed(checkpoint, trained, table, str(opened.folder))
     model.weights = base.weights | (overlay if base.is_ours else with_parts_split(overlay))
     found.notes.append(f"{len(factors)} weights get their LoRA update, merged in fp32 and rounded once")
+    names, _ = rename(factors, table, where, dropped={})
     for key, (factor_a, factor_b) in factors.items():
-        name = new_name(key, table)
-        if name is None or name not in model.weights:
+        name = names[key]
+        if name not in model.weights:
             raise UserError(
                 f"{where} adapts {key}, which the base model does not have: is --base-model the right one?"
             )

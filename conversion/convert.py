@@ -122,7 +122,8 @@ def file_names(found: Assembly) -> Weights:
 
 def scratch_bytes(weights: Weights, max_shard_bytes: int) -> int:
     """Disk that is needed for a while beside the result: what is computed for two shards."""
-    return min(2 * max_shard_bytes, sum(weight.nbytes for weight in weights.values() if not weight.is_copy))
+    computed = [weight.nbytes for weight in weights.values() if not weight.is_copy]
+    return min(2 * max(max_shard_bytes, max(computed, default=0)), sum(computed))
 
 
 def preview(

@@ -152,9 +152,8 @@ def training_weights(weights: Weights, projector: str, record: dict | None, rows
     table = backwards(training_table(projector == PLAIN, tower_keys or "old"))
     files = {name: weight.file for name, weight in weights.items()}
     trained = {
-        key: Weight(tensor, name, files.get(name, source), tensor.dtype)
+        _training_key(name, table): Weight(tensor, name, files.get(name, source), tensor.dtype)
         for name, tensor in with_parts_joined(tensors).items()
-        if (key := _training_key(name, table))
     }
     if record and record["tied_head_saved"] and HEAD not in tensors:
         trained["lm_head.weight"] = trained["model.embed_tokens.weight"]

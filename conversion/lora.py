@@ -21,6 +21,7 @@ _ADAPTER_SETTINGS = {
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 _MERGE_HINT = "merge it with peft (merge_and_unload) and convert the merged model"
 # A module name or a plain pattern of one: matching it takes no time that grows with more than the name's length.
+LONGEST_PATTERN = 500
 _MODULE_PATTERN = re.compile(r"[\w.\\^$|-]*(?:[*+][\w.\\^$|-]*){0,3}")
 
 
@@ -56,7 +57,7 @@ def lora_scale(settings: dict, module: str, rank: int, where: str) -> float:
         patterns = settings.get(name) or {}
         try:
             for pattern, value in patterns.items():
-                if not _MODULE_PATTERN.fullmatch(pattern[:1000]):
+                if len(pattern) > LONGEST_PATTERN or not _MODULE_PATTERN.fullmatch(pattern):
                     raise ValueError(f"{pattern[:120]!r} is no pattern of a module name")
                 if re.match(rf"(.*\.)?({pattern})$", module):
                     return value

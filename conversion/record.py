@@ -64,7 +64,7 @@ def make_record(
             key: {
                 "dtype": names[tensor.dtype],
                 "shape": list(tensor.shape),
-                "base64": base64.b64encode(tensor.contiguous().view(torch.uint8).numpy()).decode("ascii"),
+                "base64": base64.b64encode(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()).decode("ascii"),
             }
             for key, tensor in dropped_tensors.items()
             if tensor.dtype in names
@@ -118,7 +118,7 @@ def _problem(record: dict) -> str | None:
         try:
             dtype, shape = DTYPES.get(stored["dtype"]), stored["shape"]
             data = base64.b64decode(stored["base64"], validate=True)
-            whole = dtype is not None and all(type(n) is int and n > 0 for n in shape)
+            whole = dtype is not None and isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
             if not whole or math.prod(shape) * dtype.itemsize != len(data):
                 kind = f"{str(stored['dtype'])[:20]!r} of shape {str(shape)[:80]}"
                 return f"keeps {len(data)} bytes of {key!r}, which are no {kind}"

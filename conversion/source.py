@@ -9,6 +9,7 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,9 +150,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path, zipped: bool) -> dict[str, Tensor]:
     """A state dict, or one under `state_dict` or `model`. Nothing in the pickle is run but torch's allow list."""
+    records: Counter[int] = Counter()
     if zipped:
-        _check_archive(path)
-    elif not _fits_in_memory(path):
+        records = _check_archive(path)
+    elif path.stat().st_size > available_memory():
         raise UserError(f"{path} is in the layout before torch 1.6, which is read whole, and larger than the memory")
     try:
         # Only the layout since torch 1.6, a zip archive, can be mapped.
@@ -177,30 +179,45 @@ def _read_torch(path: Path, zipped: bool) -> dict[str, Tensor]:
     for key, value in dict.items(content):
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise UserError(f"{path} holds {str(key)[:120]!r}, which is not a tensor: save a plain state dict")
-        if value.layout != torch.strided or value.is_nested or value.is_quantized or value.device.type != "cpu":
+        dense = value.layout == torch.strided and not (value.is_nested or value.is_quantized)
+        if not dense or value.is_neg() or value.is_conj() or value.device.type != "cpu":
             raise UserError(f"{path} holds {key[:120]!r}, which is no dense tensor: save the model in 16 or 32 bit")
         tensors[key] = value.detach()
+    if zipped:
+        _check_storages(path, tensors.values(), records)
     return tensors
 
 
-def _check_archive(path: Path) -> None:
-    """Refuses what makes torch read more than the tensors, or other bytes than theirs when the file is mapped."""
+def _check_archive(path: Path) -> Counter[int]:
+    """Refuses what makes torch read more than the tensors, or other bytes than theirs when the file is mapped.
+
+    Returns:
+        How many records of tensors have each size in bytes.
+    """
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
     if len(records) > 2 * MOST_TENSORS:
         raise UserError(f"{path} holds {len(records):,} records: this is no checkpoint of a model")
+    if len({record.filename for record in records}) < len(records):
+        raise UserError(f"{path} holds two records of one name: save it again")
+    sizes: Counter[int] = Counter()
     for record in records:
         name = record.filename.partition("/")[2]
-        limit = MOST_PICKLE_BYTES if name == "data.pkl" else None if name.startswith("data/") else MOST_RECORD_BYTES
+        limit = MOST_PICKLE_BYTES if name == "data.pkl" else MOST_RECORD_BYTES
         if record.compress_type != zipfile.ZIP_STORED:
             raise UserError(f"{path} is a compressed archive: unpack it and save it again with torch.save")
-        if limit is not None and record.file_size > limit:
+        if name.startswith("data/"):
+            sizes[record.file_size] += 1
+        elif record.file_size > limit:
             raise UserError(f"{path} holds {record.file_size:,} bytes in {name[:120]!r}, at most {limit:,} are read")
+    return sizes
 
 
-def _fits_in_memory(path: Path) -> bool:
-    """Whether a file that has to be read whole is smaller than the memory that is free."""
-    return path.stat().st_size < available_memory()
+def _check_storages(path: Path, tensors: Iterable[Tensor], records: Counter[int]) -> None:
+    """Refuses a storage that no record has the size of: where a file is mapped, torch would read on behind its end."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    if Counter(storages.values()) - records - Counter({0: len(storages)}):
+        raise UserError(f"{path} is truncated or damaged (a tensor is larger than its record): download it again")
 
 
 def available_memory() -> int:
@@ -313,11 +330,6 @@ class Source:
     form: str
     config: dict
     weights: Checkpoint
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether the configuration is a Hub folder's and not one of training."""
-        return self.config.get("model_type") == "delta_llava"
 
 
 def open_source(folder: Path, form: str | None = None) -> Source:

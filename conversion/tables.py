@@ -108,7 +108,7 @@ DROPPED = {
 TOWER_REPOSITORY_DROPPED = {
     "vision_model.embeddings.position_ids": "position ids are counted anew",
     "embeddings.position_ids": "position ids are counted anew",
-    **dict.fromkeys(("text_model.{*}",), "the text encoder of a CLIP or SigLIP repository is not used"),
+    "text_model.{*}": "the text encoder of a CLIP or SigLIP repository is not used",
     **dict.fromkeys(
         ("visual_projection.{*}", "text_projection.{*}", "logit_scale", "logit_bias"),
         "the contrastive head of a CLIP or SigLIP repository is not used",

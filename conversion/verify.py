@@ -15,7 +15,7 @@ from modeling_delta_llava.conversion.weights import Weights, same_values
 from modeling_delta_llava.conversion.write import count_nonfinite
 from modeling_delta_llava.folders import format_bytes, holds_model
 from modeling_delta_llava.foreign_code import check_code, code_files, refuse_foreign_code
-from modeling_delta_llava.json_files import read_json
+from modeling_delta_llava.json_files import check_files, read_json
 from modeling_delta_llava.sources import require_folder
 
 REQUIRED_FILES = ("config.json", "generation_config.json", "processor_config.json", "tokenizer_config.json")
@@ -143,6 +143,7 @@ def _check_generation(folder: Path, config) -> str:
 def _check_processor(folder: Path, config, projector: str) -> str:
     from PIL import Image
 
+    from modeling_delta_llava.building import check_chat_template
     from modeling_delta_llava.processing_delta_llava import DeltaLlavaProcessor
 
     if projector == DELTA:
@@ -151,12 +152,16 @@ def _check_processor(folder: Path, config, projector: str) -> str:
         from transformers import LlavaProcessor
 
         processor_class, expected = LlavaProcessor, config.image_seq_length
+    check_files(folder)
     try:
         processor = processor_class.from_pretrained(folder, trust_remote_code=False)
+        check_chat_template(processor, str(folder))
         side = config.vision_config.image_size
         messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
         prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
         inputs = processor(images=Image.new("RGB", (side, side)), text=prompt, return_tensors="pt")
+    except UserError:
+        raise
     # Whatever a damaged tokenizer or template raises is a finding of this check.
     except Exception as error:
         raise UserError(f"cannot be used: {reason(error)}") from error

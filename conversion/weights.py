@@ -56,9 +56,8 @@ class Weight:
     @property
     def is_copy(self) -> bool:
         """Whether the bytes of the result are those that lie in the file."""
-        stored = self.stored
-        plain = stored.is_contiguous() and not stored.is_neg() and not stored.is_conj()
-        return plain and stored.dtype == self.dtype and self.update is None and not self.mean_rows
+        as_stored = self.stored.is_contiguous() and self.stored.dtype == self.dtype
+        return as_stored and self.update is None and not self.mean_rows
 
     def value(self, allocate: Callable[[tuple[int, ...], torch.dtype], Tensor] = torch.empty) -> Tensor:
         """The result: the mapped tensor where nothing has to be computed.
@@ -98,7 +97,7 @@ def same_values(left: Tensor, right: Tensor) -> bool:
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(left.dtype.itemsize)
-    if bits is None or left.is_neg() or right.is_neg():
+    if bits is None:
         return torch.equal(left, right)
     return torch.equal(left.view(bits), right.view(bits))
 

@@ -1,6 +1,5 @@
 """Writes weights as safetensors shards with their index."""
 
-import contextlib
 import json
 import math
 import os
@@ -70,7 +69,8 @@ def write_shards(
     """Writes all weights and, for several shards, the index.
 
     Two shards at a time, each straight from the mapped sources: while one waits for the disk, the other is read. As it
-    was written, a shard is then read for values that are not finite.
+    was written, a shard is then read for values that are not finite. An interrupt waits for the shards at work. A
+    source that is cut while something is computed from it (not copied) ends the process, as for any mapped file.
 
     Args:
         weights: by the name that they get.
@@ -111,10 +111,10 @@ def write_shards(
 
 
 def _write_shard(path: Path, weights: Mapping[str, Weight], scan: bool) -> dict[str, int]:
-    with contextlib.ExitStack() as scratch:
-        allocate = _disk_allocator(path.parent, scratch)
-        values = {key: weight.value(allocate) for key, weight in weights.items()}
-        save(_without_overlap(values, allocate), path, next(iter(weights.values())).file)
+    allocate = _disk_allocator(path.parent)
+    values = {key: weight.value(allocate) for key, weight in weights.items()}
+    save(_without_overlap(values, allocate), path, next(iter(weights.values())).file)
+    values.clear()  # gives back the disk that computed ones take
     return scanned(path) if scan else {}
 
 
@@ -150,16 +150,16 @@ def _without_overlap(tensors: dict[str, Tensor], allocate: Callable[..., Tensor]
     return tensors
 
 
-def _disk_allocator(folder: Path, scratch: contextlib.ExitStack) -> Callable[..., Tensor]:
-    """Tensors in files that go with `scratch`: what is computed for a shard may be larger than the memory."""
+def _disk_allocator(folder: Path) -> Callable[..., Tensor]:
+    """Tensors in files without a name, which go with them: a shard's computed ones may be larger than the memory."""
 
     def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        file = scratch.enter_context(tempfile.NamedTemporaryFile(dir=folder))  # noqa: SIM115 - closed by `scratch`
         count = math.prod(shape)
-        # A full disk is an error here; where it is found out by writing to a mapped page, it ends the process.
-        if hasattr(os, "posix_fallocate"):  # not on macOS
-            os.posix_fallocate(file.fileno(), 0, max(1, count * dtype.itemsize))
-        return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            # A full disk is an error here; where it is found out by writing to a mapped page, it ends the process.
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, max(1, count * dtype.itemsize))
+            return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
 
     return allocate
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from delta_llava.errors import UserError
+from delta_llava.errors import UserError, reason
 
 from .json_files import read_json
 
@@ -162,6 +162,8 @@ def atomic_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
                 try:
                     if replaced.exists() and not output.exists():
                         os.rename(replaced, output)
+                    if output.exists() and not overwrite:
+                        raise UserError(f"OUTPUT {output} exists: it is left alone, choose another folder")
                     for left in (building, replaced):
                         shutil.rmtree(left, ignore_errors=True)
                     building.mkdir()
@@ -170,12 +172,17 @@ def atomic_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
                     with _interrupts_wait():
                         _take_place(building, output, replaced, overwrite)
                         finished = True
+                        with contextlib.suppress(OSError):  # it is there, whatever the disk says of its name
+                            _flush_one(output.parent)
+                        shutil.rmtree(unfinished, ignore_errors=True)
                 finally:
                     shutil.rmtree(unfinished, ignore_errors=True)
     except KeyboardInterrupt as error:
-        raise UserError(f"interrupted: nothing was kept of OUTPUT {output}; run the same command again") from error
+        if not finished:
+            raise UserError(f"interrupted: nothing was kept of OUTPUT {output}; run the same command again") from error
     except OSError as error:
-        raise UserError(_why_not_written(error, output)) from error
+        if not finished:
+            raise UserError(_why_not_written(error, output)) from error
     finally:
         if not finished:
             for folder in created:
@@ -210,7 +217,6 @@ def _take_place(building: Path, output: Path, replaced: Path, overwrite: bool) -
         if replaced.exists():
             os.rename(replaced, output)
         raise
-    _flush_one(output.parent)
 
 
 @contextlib.contextmanager
@@ -276,6 +282,9 @@ def _why_not_written(error: OSError, output: Path) -> str:
             f"the disk of OUTPUT {output} takes no files of this size: nothing was kept; pass a smaller "
             "--max-shard-size or choose another disk"
         )
+    place = str(error.filename or output)
+    if not f"{place}/".startswith((f"{output}/", f"{output.parent}/.{output.name}.")) and place != str(output.parent):
+        return f"{place} cannot be read ({error.strerror}): nothing was kept; check its permissions and its disk"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"no permission to use {error.filename or output}: nothing was kept; choose another OUTPUT"
-    return f"OUTPUT {output} was not written, nothing was kept: {error}"
+        return f"no permission to use {place}: nothing was kept; choose another OUTPUT"
+    return f"OUTPUT {output} was not written, nothing was kept: {reason(error)}"

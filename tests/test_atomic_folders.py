@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,21 @@ def test_interrupted_when_it_is_done(tmp_path, monkeypatch, usual_signals):
     build(old_model(tmp_path))
     assert names(tmp_path) == ["output", "output/config.json"]
     assert (tmp_path / "output" / "config.json").read_text() == "new"
+
+
+def test_interrupted_while_the_old_folder_is_removed(tmp_path, monkeypatch, usual_signals):
+    remove = shutil.rmtree
+
+    def interrupted(path, **options):
+        remove(path, **options)
+        if (tmp_path / "output" / "config.json").read_text() == "new":
+            signal.raise_signal(signal.SIGTERM)
+
+    output = old_model(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupted)
+        build(output)
+    assert names(tmp_path) == ["output", "output/config.json"]
 
 
 def test_two_processes_and_a_killed_one(tmp_path):

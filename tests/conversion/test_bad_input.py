@@ -238,6 +238,7 @@ def test_adapter_with_more_layers_than_the_base(sources, tmp_path, refused):
         ({"lora_alpha": float("nan")}, "states no usable r and lora_alpha"),
         ({"alpha_pattern": {"([a-z._0-9]+)+!": 3}}, "unusable alpha_pattern"),
         ({"rank_pattern": {".*.*.*.*.*.*.*x": 3}}, "unusable rank_pattern"),
+        ({"rank_pattern": {"a" * 1000 + "|([a-z._0-9]+)+!": 3}}, "unusable rank_pattern"),
     ],
 )
 def test_adapters_that_are_no_plain_lora(sources, tmp_path, refused, changes, message):

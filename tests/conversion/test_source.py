@@ -82,11 +82,13 @@ def test_torch_file_of_a_module_with_its_metadata(tmp_path):
         (lambda: torch.eye(3).to_sparse(), "no dense tensor"),
         (lambda: torch.eye(3).to_sparse_csr(), "no dense tensor"),
         (lambda: torch.empty(3, device="meta"), "no dense tensor"),
+        (lambda: torch.randn(3, dtype=torch.complex64).conj().imag, "no dense tensor"),
+        (lambda: torch.randn(3, dtype=torch.complex64).conj(), "no dense tensor"),
         (lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]), "no dense tensor"),
         (lambda: 3, "is not a tensor"),
         (lambda: [torch.ones(1)], "is not a tensor"),
     ],
-    ids=["quantised", "sparse", "csr", "meta", "nested", "number", "list"],
+    ids=["quantised", "sparse", "csr", "meta", "negated", "conjugated", "nested", "number", "list"],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_no_dense_tensor_is_refused(tmp_path, make, message):
@@ -168,6 +170,24 @@ def test_a_compressed_archive_is_refused(tmp_path):
     torch.save({"a": torch.randn(3)}, tmp_path / "x.bin")
     rewritten(tmp_path / "x.bin", compression=zipfile.ZIP_DEFLATED)
     with pytest.raises(UserError, match="compressed"):
+        read_weight_file(tmp_path / "x.bin")
+
+
+def test_a_record_that_is_shorter_than_its_tensor_is_refused(tmp_path):
+    """Mapped, the tensor would go on into the next one's bytes."""
+    torch.save({"a": torch.ones(64), "b": torch.full((64,), 2.0)}, tmp_path / "x.bin")
+    rewritten(tmp_path / "x.bin", {"data/0": torch.ones(32).numpy().tobytes()})
+    with pytest.raises(UserError, match="larger than its record"):
+        read_weight_file(tmp_path / "x.bin")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_records_of_one_name_are_refused(tmp_path):
+    torch.save({"a": torch.ones(4)}, tmp_path / "x.bin")
+    with zipfile.ZipFile(tmp_path / "x.bin", "a") as archive:
+        name = next(info.filename for info in archive.infolist() if info.filename.endswith("/data/0"))
+        archive.writestr(name, torch.zeros(4).numpy().tobytes())
+    with pytest.raises(UserError, match="two records of one name"):
         read_weight_file(tmp_path / "x.bin")
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 
 import pytest
 import torch
@@ -72,14 +73,11 @@ def test_a_cast_rounds_as_torch_does(tmp_path, dtype):
 def test_what_lies_otherwise_in_the_file_is_no_copy(tmp_path):
     """Whatever torch reads a tensor as is what is written."""
     values = torch.randn(6, 4)
-    lazy = torch.randn(3, 4, dtype=torch.complex64).conj().imag
-    assert lazy.is_neg()
-    for tensor in (values.t(), values[:, 1:3], values[0, :1].expand(3, 4), lazy):
+    for tensor in (values.t(), values[:, 1:3], values[0, :1].expand(3, 4)):
         weight = weight_of(tensor, tmp_path)
         assert not weight.is_copy
         result = weight.value()
         assert result.is_contiguous()
-        assert not result.is_neg()
         assert torch.equal(result, tensor)
 
 
@@ -146,6 +144,19 @@ def test_what_is_computed_lies_on_disk_meanwhile_and_goes(stored, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
     found = load_file(folder / "model.safetensors")
     assert all(torch.equal(found[name], weight.stored.half()) for name, weight in weights.items())
+
+
+def test_more_computed_tensors_than_files_may_be_open(stored, tmp_path):
+    weights = stored(dtype=torch.float16, **{f"t{number}": torch.ones(3) for number in range(100)})
+    folder = tmp_path / "out"
+    folder.mkdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (80, hard))
+    try:
+        write_shards(folder, weights, 10**6)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(load_file(folder / "model.safetensors")) == 100
 
 
 def test_tensors_that_share_their_bytes(tmp_path):
