@@ -22,7 +22,7 @@ from typing import Any
 
 from rich.console import Console
 
-from delta_llava.errors import UserError
+from delta_llava.errors import UserError, reason
 from modeling_delta_llava.folders import check_output_folder
 
 from . import exam
@@ -219,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     # Not above: the processes that train the two parts import this module too.
-    from modeling_delta_llava.finetuning.checkpoints import SAVE_ERRORS, is_no_space, one_line
+    from modeling_delta_llava.finetuning.checkpoints import SAVE_ERRORS, is_no_space
 
     try:
         demo(options.output, Effort().scaled(options.effort), Console())
@@ -229,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, *SAVE_ERRORS) as error:
         if not isinstance(error, (UserError, OSError)) and not is_no_space(error):
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {reason(error)}", file=sys.stderr)
         return 2
     return 0
 
