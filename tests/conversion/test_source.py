@@ -204,8 +204,8 @@ def test_large_records_beside_the_tensors_are_not_read(tmp_path, record, monkeyp
 def test_views_beyond_their_storage_are_refused(tmp_path):
     class Long:
         def __reduce__(self):
-            storage = torch.randn(4).storage()
-            return torch._utils._rebuild_tensor_v2, (storage, 2, (4,), (1,), False, {})
+            rebuild, (storage, _, *rest) = torch.randn(4).__reduce_ex__(2)
+            return rebuild, (storage, 2, *rest)
 
     torch.save({"a": Long()}, tmp_path / "x.bin")
     with pytest.raises(UserError, match=r"x\.bin is truncated or damaged"):
