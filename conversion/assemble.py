@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from delta_llava.errors import UserError, told
+from modeling_delta_llava.building import MAX_APPENDED_ROWS, load_tokenizer
 from modeling_delta_llava.conversion import configs
 from modeling_delta_llava.conversion.lora import check_adapter_config, low_rank_factors, merged, without_peft
 from modeling_delta_llava.conversion.record import make_record
@@ -40,13 +41,17 @@ from modeling_delta_llava.conversion.tables import (
     rename,
     training_table,
 )
-from modeling_delta_llava.conversion.weights import Weight, Weights, check_weights, same_values, with_parts_split
+from modeling_delta_llava.conversion.weights import (
+    Weights,
+    check_weights,
+    same_values,
+    stored_weight,
+    with_parts_split,
+)
 from modeling_delta_llava.json_files import check_files, read_json
 from modeling_delta_llava.sources import file_inside, local_folder
 
 DTYPES = {"keep": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# A tokenizer that is larger than the embedding by more than this belongs to another model.
-MOST_ADDED_ROWS = 65_536
 # Dropped tensors up to this size (rotary frequencies, position ids) go into the record, so that export restores them.
 RECORDED_BYTES = 64_000
 # What a LoRA run sets in the configuration of its base model.
@@ -160,15 +165,7 @@ class _Found:
         names, left_out = rename(keys.values(), table, where, **dropped)
         origin = {key: stored for stored, key in keys.items()}
         self.dropped |= {origin[key]: why for key, why in left_out.items()}
-        return {
-            name: Weight(
-                checkpoint.tensors[origin[key]],
-                origin[key],
-                checkpoint.files[origin[key]],
-                checkpoint.tensors[origin[key]].dtype,
-            )
-            for key, name in names.items()
-        }
+        return {name: stored_weight(checkpoint, origin[key]) for key, name in names.items()}
 
 
 def assemble(source: str, options: Options) -> Assembly:
@@ -454,7 +451,7 @@ def vocabulary_rows(weights: Weights) -> int:
 def _needed_rows(weights: Weights, source_rows: int, tokenizer, tokenizer_folder: Path) -> int:
     """Embedding rows of the result: for every token, and for every row of a head of its own."""
     largest = max(tokenizer.get_vocab().values())
-    if largest >= source_rows + MOST_ADDED_ROWS:
+    if largest >= source_rows + MAX_APPENDED_ROWS:
         raise UserError(
             f"the tokenizer in {tokenizer_folder} has a token of id {largest:,}, the model {source_rows:,} embedding "
             "rows: copy the tokenizer of training"
@@ -475,7 +472,6 @@ def _with_rows(weights: Weights, rows: int) -> Weights:
 
 def _tokenizer(model: Model, source: Path, model_type: str, rows: int, found: _Found):
     """The tokenizer, its image token, its folder, and the processor of our own that it belongs to, if any."""
-    from modeling_delta_llava.building import load_tokenizer
     from modeling_delta_llava.processing_delta_llava import DeltaLlavaProcessor
 
     folders = [source, *(path for role, path in found.folders.items() if role == "--base-model")]

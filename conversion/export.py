@@ -31,7 +31,7 @@ from modeling_delta_llava.conversion.tables import (
     rename,
     training_table,
 )
-from modeling_delta_llava.conversion.weights import Weight, Weights, check_weights, with_parts_joined
+from modeling_delta_llava.conversion.weights import Weight, Weights, check_weights, stored_weight, with_parts_joined
 from modeling_delta_llava.conversion.write import parse_size, write_shards
 from modeling_delta_llava.folders import atomic_folder, check_output, check_space
 from modeling_delta_llava.foreign_code import refuse_foreign_code
@@ -128,10 +128,7 @@ def read_hub_weights(folder: Path, config, projector: str) -> tuple[Weights, Che
     checkpoint = read_checkpoint(folder)
     table = HUB_ROWS if projector == DELTA else NATIVE_LLAVA_ROWS
     names, _ = rename(checkpoint.tensors, table, str(folder), dropped={})
-    weights = {
-        name: Weight(checkpoint.tensors[key], key, checkpoint.files[key], checkpoint.tensors[key].dtype)
-        for key, name in names.items()
-    }
+    weights = {name: stored_weight(checkpoint, key) for key, name in names.items()}
     check_weights(weights, *configs.expected_shapes(config, projector, folder / "config.json"), str(folder))
     return weights, checkpoint
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from delta_llava.errors import UserError
-from modeling_delta_llava.conversion.source import FLOATING
+from modeling_delta_llava.conversion.source import FLOATING, Checkpoint
 from modeling_delta_llava.conversion.tables import PROJECTOR, TOWER, describe_keys
 
 # Elements of one block of what is computed, in fp32.
@@ -90,6 +90,12 @@ class Weight:
 
 
 Weights = dict[str, Weight]
+
+
+def stored_weight(checkpoint: Checkpoint, key: str) -> Weight:
+    """A tensor of a checkpoint as it is."""
+    tensor = checkpoint.tensors[key]
+    return Weight(tensor, key, checkpoint.files[key], tensor.dtype)
 
 
 def same_values(left: Tensor, right: Tensor) -> bool:

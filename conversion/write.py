@@ -1,6 +1,5 @@
 """Writes weights as safetensors shards with their index."""
 
-import json
 import math
 import os
 import re
@@ -19,6 +18,7 @@ from torch import Tensor
 from delta_llava.errors import UserError
 from modeling_delta_llava.conversion.source import changed_message
 from modeling_delta_llava.conversion.weights import Weight
+from modeling_delta_llava.json_files import write_json
 
 # Elements that the scan looks at together: they stay in the processor's cache.
 SCAN_ELEMENTS = 1 << 20
@@ -105,8 +105,7 @@ def write_shards(
             },
             "weight_map": {key: name for name, keys in shards.items() for key in keys},
         }
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        write_json(folder / "model.safetensors.index.json", index)
     return nonfinite
 
 

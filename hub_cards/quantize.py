@@ -1,6 +1,5 @@
 """Quantised repositories: bitsandbytes weights that plain `from_pretrained` loads."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from modeling_delta_llava.foreign_code import refuse_foreign_code
 from modeling_delta_llava.hub_cards.card import DEFAULT_REVISION, read_config, write_card
 from modeling_delta_llava.hub_cards.contents import list_files, problem_of
 from modeling_delta_llava.hub_cards.metadata import check_repository
-from modeling_delta_llava.json_files import read_json
+from modeling_delta_llava.json_files import read_json, write_json
 
 # Said of the full weights, or written anew.
 NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", ".eval_results", "config.json", "scores.png", "eval")
@@ -126,4 +125,4 @@ def _keep_portable(output: Path) -> None:
     path = output / "config.json"
     config = read_json(path)
     config.pop("_name_or_path", None)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(path, config)

@@ -15,7 +15,6 @@ from delta_llava.errors import UserError
 
 FOLDER = Path(__file__).parent
 MISSING = "–"
-PROVENANCES = ("released", "reconstructed", "ours")
 MAIN_BENCHMARKS = ("GQA", "POPE")
 """Those that a list shows where not all of them fit."""
 PARTS = ("architecture", "recipe", "prompt_format", "weights")
@@ -242,12 +241,6 @@ def variants_table(benchmark_columns: Sequence[str], sources: bool = False) -> t
         cells = [variant.name, str(variant.num_visual_tokens), variant.provenance["weights"]]
         rows.append([*cells, *(scores.get(name, MISSING) for name in benchmark_columns), *[tables] * sources])
     return head, rows
-
-
-def ablation_table() -> str:
-    """Table 3 of the paper as Markdown, as docs/paper.md quotes it."""
-    table = paper_tables()["3"]
-    return markdown(table.columns, [[*row.cells.values()] for row in table.rows])
 
 
 def variant_record(variant: Variant) -> dict[str, Any]:

@@ -11,10 +11,9 @@ from pathlib import Path
 from delta_llava.errors import UserError, printable, reason, told
 
 from .json_files import check_files, check_sizes, read_json
+from .sources import local_folder
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-# What is fetched of a model on the Hub.
-SMALL_FILES, WEIGHT_FILES = ["*.json", "*.model", "*.txt", "*.jinja"], ["model*.safetensors"]
 # Limits of a picture at an address.
 DOWNLOAD_SECONDS, SILENT_SECONDS, MAX_PICTURE_BYTES = 60, 20, 100_000_000
 # All that fetching takes: a redirection to anything but http(s) finds no handler, and the eleventh one is an error.
@@ -118,17 +117,7 @@ def model_folder(model: str, revision: str | None = None, weights: bool = True) 
     Raises:
         UserError: there is none, or its files are damaged or describe a model without end.
     """
-    folder = Path(model)
-    if folder.is_file():
-        raise UserError(f"{model} is a file: give the folder that `delta-llava convert` wrote, or a Hub id")
-    if not folder.is_dir():
-        if model.count("/") != 1 or model.startswith(("/", ".", "~")):
-            raise UserError(f"no such model: {model} is neither a folder nor a Hub id (NAMESPACE/NAME)")
-        from huggingface_hub import snapshot_download
-
-        with told(f"no usable model at {model}", "check the name, and the connection to the Hub"):
-            patterns = SMALL_FILES + (WEIGHT_FILES if weights else [])
-            folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    folder = local_folder(model, "MODEL", revision, weights)
     check_files(folder)
     settings = folder / "config.json"
     if not settings.is_file():

@@ -82,9 +82,9 @@ def test_bad_images(write, message, hub_folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("/nowhere/at/all", "no such model"),
-        ("name", "no such model"),
-        ("some/body", "no usable model at some/body"),
+        ("/nowhere/at/all", "MODEL /nowhere/at/all does not exist"),
+        ("name", "MODEL name does not exist"),
+        ("some/body", "MODEL some/body cannot be downloaded"),
         ("{tmp}", "no config.json"),
         ("{tmp}/config.json", "is a file"),
     ],
