@@ -86,7 +86,7 @@ def open_image(source: str):
     """
     from PIL import UnidentifiedImageError
 
-    from .processing_delta_llava import UNREADABLE, open_picture, rgb_picture
+    from .processing_delta_llava import open_picture, rgb_picture
 
     if source.startswith(("http://", "https://")):
         content = download(source)
@@ -102,7 +102,7 @@ def open_image(source: str):
         return rgb_picture(open_picture(content))
     except UnidentifiedImageError:
         raise UserError(f"{source} is not an image that Pillow can read") from None
-    except UNREADABLE as error:
+    except Exception as error:  # Pillow's decoders have no common class of error
         raise UserError(f"{source} is damaged or too large ({reason(error)})") from error
 
 

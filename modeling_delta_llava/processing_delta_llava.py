@@ -1,7 +1,6 @@
 """Processor of Delta-LLaVA: chat template, placeholder expansion, pixels, and each image's visual-token budget."""
 
 import base64
-import http.client
 import io
 import itertools
 import os
@@ -24,8 +23,6 @@ MAX_PADDED_SIDE = 8192
 # Of a longer picture that is not padded, only the middle is resized: the centre crop keeps no more.
 MAX_ASPECT_RATIO = 200
 DOWNLOAD_SECONDS, MAX_DOWNLOAD_BYTES = 60, 2**28
-# What Pillow raises for files that are damaged, foreign or larger than its own limit.
-UNREADABLE = (OSError, SyntaxError, EOFError, ValueError, http.client.HTTPException, Image.DecompressionBombError)
 
 
 class DeltaLlavaImagesKwargs(ImagesKwargs, total=False):
@@ -220,18 +217,18 @@ class DeltaLlavaProcessor(ProcessorMixin):
 
     def _view(self, image, position: int, kwargs: dict) -> Image.Image | np.ndarray:
         """One image as [`rgb_picture`] or [`rgb_array`] gives it, of bounded size; errors name its position."""
+        if not isinstance(image, (str, os.PathLike, bytes)) and not is_valid_image(image):
+            raise TypeError(
+                f"Image {position} is a {type(image).__name__}: give a PIL image, an array, a path or an address"
+            )
         try:
             if isinstance(image, (str, os.PathLike, bytes)):
                 image = open_picture(image)
             if isinstance(image, Image.Image):
                 image = rgb_picture(image)
-            elif is_valid_image(image):
-                image = rgb_array(image, _option(kwargs, "images_kwargs", "input_data_format"))
             else:
-                raise TypeError(
-                    f"Image {position} is a {type(image).__name__}: give a PIL image, an array, a path or an address"
-                )
-        except UNREADABLE as error:
+                image = rgb_array(image, _option(kwargs, "images_kwargs", "input_data_format"))
+        except Exception as error:  # Pillow's decoders have no common class of error
             raise ValueError(f"Image {position} cannot be read: {error}") from error
         defaults = {name: getattr(self.image_processor, name, False) for name in ("do_pad", "do_center_crop")}
         padded, cropped = (_option(kwargs, "images_kwargs", name, default) for name, default in defaults.items())

@@ -93,6 +93,10 @@ class DataArguments:
     on_bad_row: str = field(default="stop", metadata={"help": "stop or skip at a malformed row."})
     on_broken_image: str = field(default="stop", metadata={"help": "stop or skip at a picture that cannot be read."})
     max_image_pixels: int = field(default=100_000_000, metadata={"help": "Larger pictures count as broken."})
+    ignored_keys: list[str] = field(
+        default_factory=lambda: ["id", "model", "source"],
+        metadata={"help": "Keys of a row, a turn or a part that are left unused."},
+    )
     look_for_images: bool = field(
         default=True, metadata={"help": "Look for every picture file before the first step (reads no picture)."}
     )
@@ -116,21 +120,22 @@ class DeltaLlavaTrainingArguments(transformers.TrainingArguments):
     """
 
     projector_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
-    group_by_modality_length: bool = field(
-        default=False, metadata={"help": "Group rows of one modality and of similar length."}
-    )
     visual_token_budgets: list[int] | None = field(
         default=None, metadata={"help": "Visual-token budgets to draw from, one for each optimizer step."}
     )
     visual_token_budget_weights: list[float] | None = field(
         default=None, metadata={"help": "How often each budget is drawn, relative to the others."}
     )
+    predict_with_generate: bool = field(default=False, metadata={"help": "Generate answers in evaluation."})
+    generation_max_new_tokens: int = field(default=64, metadata={"help": "Tokens of a generated answer, at most."})
+    metric: str = field(default="exact_match", metadata={"help": "metric"})
+    early_stopping_patience: int | None = field(default=None, metadata={"help": "p"})
+    early_stopping_threshold: float = field(default=0.0, metadata={"help": "t"})
     trial_save: bool = field(default=True, metadata={"help": "Write one checkpoint before the first step."})
 
     def __post_init__(self):
         # The collator makes what the model takes; dropping columns by signature would lose the pictures.
         self.remove_unused_columns = False
-        self.prediction_loss_only = True
         if self.accelerator_config is None:
             # A stream is read on every rank: batches of pictures cannot be cut into pieces and sent around.
             self.accelerator_config = {"dispatch_batches": False}
@@ -339,10 +344,8 @@ def _check_together(
         raise UserError(f"{where}: a {model.quantization} language model cannot be trained itself; set lora_rank")
     if data.streaming and training.get("max_steps", -1) <= 0:
         raise UserError(f"{where}: a stream has no length; set max_steps")
-    if data.streaming and training.get("group_by_modality_length"):
-        raise UserError(f"{where}: a stream cannot be grouped by length; set group_by_modality_length: false")
     strategy = training.get("train_sampling_strategy")
-    if strategy not in (None, "random", "sequential"):
+    if strategy not in (None, "random", "sequential", "group_by_length"):
         raise UserError(
             f"{where}: train_sampling_strategy {strategy} is not supported; set group_by_modality_length: true"
         )

@@ -3,14 +3,12 @@
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
-from threading import Lock
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from delta_llava.errors import UserError
@@ -21,17 +19,19 @@ from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
 from .arguments import ModelArguments, RunArguments
 from .checkpoints import OPTIMIZER_BYTES
-from .data import JsonLines, load_rows
+from .collator import DeltaLlavaCollator, collator_of, expand
+from .data import load_rows
 from .parts import count_parts, set_trained, with_lora
-from .pictures import BrokenImageError, open_image
-from .rows import RowError, parse_line, parse_row
+from .pictures import BrokenImageError, MissingImageError
+from .rows import RowError
 from .start import read_start
-from .text import IGNORED_LABEL, ConversationEncoder, expand
+from .text import IGNORED_LABEL
 
 HISTOGRAM_BARS = 10
 BAR_WIDTH = 40
 SHOWN_PROBLEMS = 5
-ROWS_AT_ONCE = 512
+ROWS_AT_ONCE = 64
+MOST_WORKERS = 16
 
 
 @dataclass
@@ -62,6 +62,21 @@ class DataFacts:
     cut: int = 0
     dropped_answers: int = 0
 
+    def add(self, row: RowFacts) -> None:
+        """Adds the facts of a row."""
+        self.rows += 1
+        self.kinds[row.kind] += 1
+        if row.problem is not None:
+            self.problems.append(row.problem)
+            return
+        self.tokens.append(row.tokens)
+        self.learned += row.learned
+        self.images += row.images
+        self.text_only += row.images == 0
+        self.several_images += row.images > 1
+        self.cut += row.was_cut
+        self.dropped_answers += row.dropped_leading_answer
+
 
 def check_data(arguments: RunArguments) -> str:
     """Reads every row and decodes every picture of a run's data.
@@ -77,82 +92,69 @@ def check_data(arguments: RunArguments) -> str:
     return report(arguments, config, facts)
 
 
-def gather(arguments: RunArguments, processor: DeltaLlavaProcessor) -> DataFacts:
-    """The facts of every row; pictures are decoded by a pool of threads."""
-    data = arguments.data
-    encoder = ConversationEncoder(processor, data.format)
-    budgets = arguments.training.visual_token_budgets
-    budget = max(budgets) if budgets else processor.num_visual_tokens
-    rows = load_rows(data.data_path, data.split, streaming=data.streaming, on_bad_row="skip")
-    folder = Path(data.image_folder).expanduser() if data.image_folder is not None else None
-    encoding = Lock()  # transformers' templates with assistant marks render for one thread at a time
+class RowReader:
+    """Reads rows of a data set as training would, in the workers of a `DataLoader`: rows -> a `RowFacts` of each."""
 
-    unit = "line" if isinstance(rows, JsonLines) else "row"
+    def __init__(self, collator: DeltaLlavaCollator, num_visual_tokens: int, max_length: int):
+        self.collator = collator
+        self.num_visual_tokens = num_visual_tokens
+        self.max_length = max_length
 
-    def raw_rows() -> Iterator[tuple[int, object]]:
-        if isinstance(rows, JsonLines):
-            yield from ((number, parse_line(line)) for number, line in rows.lines())
-        elif data.streaming:
-            yield from enumerate(rows)
-        else:
-            for index in range(len(rows)):
-                yield index, rows.raw(index)
+    def __call__(self, records: list[dict[str, Any]]) -> list[RowFacts]:
+        return [self.facts_of(record) for record in records]
 
-    def facts_of(numbered: tuple[int, object]) -> RowFacts:
-        index, row = numbered
+    def facts_of(self, record: dict[str, Any]) -> RowFacts:
+        place = self.collator.place_of(record)
         try:
-            sample = parse_row(row)
-            with encoding:
-                encoded = encoder.encode(sample.messages)
+            sample, text, images = self.collator.read(record)
         except RowError as error:
-            where = f"{data.data_path}: {unit} {index}" if data.streaming else rows.where(index)
-            return RowFacts(problem=f"{where}: {error}", kind="malformed rows")
-        for image in sample.images:
-            try:
-                open_image(image, folder, data.max_image_pixels)
-            except BrokenImageError as error:
-                kind = "missing images" if str(error).endswith(": missing") else "broken images"
-                return RowFacts(problem=f"{unit} {index}: {error}", kind=kind)
-        text = expand(encoded, processor.image_token_id, budget, data.max_length)
-        learned = sum(label != IGNORED_LABEL for label in text.labels)
+            return RowFacts(problem=f"{place}: {error}", kind="malformed rows")
+        except MissingImageError as error:
+            return RowFacts(problem=f"{place}: image {error}", kind="missing images")
+        except BrokenImageError as error:
+            return RowFacts(problem=f"{place}: image {error}", kind="broken images")
+        tokens, labels, kept = expand(
+            *map(torch.tensor, (text.input_ids, text.labels)),
+            image_token_id=self.collator.processor.image_token_id,
+            num_visual_tokens=self.num_visual_tokens,
+            max_length=self.max_length,
+        )
+        learned = int((labels != IGNORED_LABEL).sum())
+        whole = len(text.input_ids) + (self.num_visual_tokens - 1) * len(images)
         return RowFacts(
-            tokens=len(text.input_ids),
+            tokens=len(tokens),
             learned=learned,
-            images=text.num_images,
-            was_cut=text.was_cut,
+            images=int(kept.sum()),
+            was_cut=len(tokens) < whole,
             dropped_leading_answer=sample.dropped_leading_answer,
-            problem=None if learned else f"{unit} {index}: nothing to learn within max_length={data.max_length}",
+            problem=None if learned else f"{place}: nothing to learn within max_length={self.max_length}",
             kind="usable" if learned else "rows with nothing to learn",
         )
 
+
+def gather(arguments: RunArguments, processor: DeltaLlavaProcessor) -> DataFacts:
+    """The facts of every row, its pictures decoded."""
+    data = arguments.data
+    budgets = arguments.training.visual_token_budgets
+    reader = RowReader(
+        collator_of(data, processor, data.data_path, data.image_folder),
+        max(budgets) if budgets else processor.num_visual_tokens,
+        data.max_length,
+    )
+    rows = load_rows(data.data_path, data.split, data.streaming, passes=1)
+    loader = DataLoader(
+        rows,
+        batch_size=ROWS_AT_ONCE,
+        collate_fn=reader,
+        num_workers=min(os.cpu_count() or 1, rows.num_shards if data.streaming else MOST_WORKERS),
+    )
     total = DataFacts()
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=None if data.streaming else len(rows)) as bar:
-        chunk: list[tuple[int, object]] = []
-        for numbered in raw_rows():
-            chunk.append(numbered)
-            if len(chunk) == ROWS_AT_ONCE:
-                add_facts(total, pool.map(facts_of, chunk), bar)
-                chunk = []
-        add_facts(total, pool.map(facts_of, chunk), bar)
+    with tqdm(total=None if data.streaming else len(rows)) as bar:
+        for facts in loader:
+            for row in facts:
+                total.add(row)
+            bar.update(len(facts))
     return total
-
-
-def add_facts(total: DataFacts, rows: Iterator[RowFacts], bar: tqdm) -> None:
-    """Adds the facts of some rows to those of all."""
-    for row in rows:
-        bar.update()
-        total.rows += 1
-        total.kinds[row.kind] += 1
-        if row.problem is not None:
-            total.problems.append(row.problem)
-            continue
-        total.tokens.append(row.tokens)
-        total.learned += row.learned
-        total.images += row.images
-        total.text_only += row.images == 0
-        total.several_images += row.images > 1
-        total.cut += row.was_cut
-        total.dropped_answers += row.dropped_leading_answer
 
 
 def report(arguments: RunArguments, config: DeltaLlavaConfig, facts: DataFacts) -> str:

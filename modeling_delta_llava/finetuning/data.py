@@ -1,375 +1,253 @@
-"""Datasets of encoded conversations: on disk or streamed, with pictures opened lazily in the workers."""
+"""Data sets of training rows: opened once, each as a `datasets.Dataset` or `datasets.IterableDataset`.
+
+Rows of JSON files, whose columns may hold anything, are kept as their own text with the number of their line; rows of
+other data sets keep their columns and get the number of their row. Pictures stay encoded until a batch is made.
+"""
 
 import itertools
-import logging
-import pickle
-from array import array
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+import datasets
+import pyarrow as pa
 
-from delta_llava.errors import UserError, told
+from delta_llava.errors import UserError, reason, told
 
-from .pictures import BrokenImageError, open_image, resolve_image
-from .rows import RowError, Sample, line_of_row, parse_line, parse_row, read_json_rows
-from .text import ConversationEncoder, EncodedText
+from ..json_files import unique_keys
+from .pictures import BrokenImageError, MissingImageError, image_name, is_missing, picture_file
+from .rows import RowError, parse_row
 
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class DrawnIndex:
-    """What a sampler asks a dataset for: a row, to be shown at a number of visual tokens (None: the default one)."""
-
-    index: int
-    num_visual_tokens: int | None = None
-
-
-@dataclass(frozen=True)
-class TrainingExample:
-    """One encoded conversation with its decoded pictures, ready for the collator."""
-
-    text: EncodedText
-    images: list[Any]
-    num_visual_tokens: int | None = None
-
-
-@dataclass(frozen=True)
-class SkippedExample:
-    """A row that is left out at run time, and why."""
-
-    reason: str
-
-
-class PackedRows:
-    """A list of Python objects in one byte buffer.
-
-    Forked workers share the buffer; a list of dictionaries would be copied into each of them page by page, because
-    reading a Python object writes its reference count.
-    """
-
-    def __init__(self, rows: list[Any]):
-        buffer = bytearray()
-        self._ends = array("Q")
-        for row in rows:
-            buffer += pickle.dumps(row, protocol=pickle.HIGHEST_PROTOCOL)
-            self._ends.append(len(buffer))
-        self._buffer = np.frombuffer(bytes(buffer), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> Any:
-        start = self._ends[index - 1] if index else 0
-        return pickle.loads(memoryview(self._buffer)[start : self._ends[index]])
-
-
-class RowSource:
-    """Rows of a JSON / JSONL file or of a `datasets.Dataset`, parsed on access and addressed by index."""
-
-    def __init__(self, name: str, rows: Any, json_path: Path | None = None):
-        self.name = name
-        self._rows = rows
-        self._json_path = json_path
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def where(self, index: int) -> str:
-        """How an error names row `index`: the file and line, or the dataset and row."""
-        if self._json_path is not None:
-            return f"{self.name}: line {line_of_row(self._json_path, index)} (row {index})"
-        return f"{self.name}: row {index}"
-
-    def raw(self, index: int) -> Any:
-        return self._rows[index]
-
-    def sample(self, index: int) -> Sample:
-        return parse_row(self._rows[index])
-
-    def select(self, indices: list[int]) -> "SelectedRows":
-        return SelectedRows(self, indices)
-
-
-class SelectedRows:
-    """Some rows of a `RowSource`, under new indices."""
-
-    def __init__(self, source: RowSource, indices: list[int]):
-        self.name = source.name
-        self._source = source
-        self._indices = array("Q", indices)
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def where(self, index: int) -> str:
-        return self._source.where(self._indices[index])
-
-    def sample(self, index: int) -> Sample:
-        return self._source.sample(self._indices[index])
+JSON_COLUMN, LINE_COLUMN, ROW_COLUMN = "json", "line", "row_number"
+# What rows are grouped by, see `check_rows`.
+LENGTH_COLUMN = "length"
+SPACES = re.compile(r"[ \t\r\n]*")
 
 
 def load_rows(
-    data_path: str, split: str = "train", streaming: bool = False, on_bad_row: str = "stop"
-) -> RowSource | Any:
-    """Opens a dataset without opening its pictures.
+    data_path: str,
+    split: str = "train",
+    streaming: bool = False,
+    num_parts: int = 1,
+    block_size: int = 1,
+    passes: int | None = None,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Opens a data set without opening its pictures.
 
     Args:
-        data_path: a LLaVA `.json` / `.jsonl` file, a folder written by `Dataset.save_to_disk`, a `.parquet` file, or
-            the name of a dataset on the Hub.
-        split: the split to read where the dataset has several.
-        streaming: read the rows one after the other instead of by index; returns `JsonLines`, or an iterable of rows.
-        on_bad_row: "stop" raises at a JSONL line that is no JSON, "skip" makes it a bad row (see [`parse_line`]).
+        data_path: a LLaVA JSON or JSONL file, a `.parquet` file, a folder written by `save_to_disk`, or the name of a
+            data set on the Hub.
+        split: the split to read where there are several, and the part of it, such as `train[:80%]`.
+        streaming: read the rows one after the other instead of by index.
+        num_parts, block_size: number of loader workers that read a stream, and rows that each takes in turn; with more
+            than one, the rows come in the order in which one would read them.
+        passes: how often a stream is read; without an end when not given.
     Raises:
         UserError: nothing readable is there.
     """
     path = Path(data_path).expanduser()
-    if path.suffix in (".json", ".jsonl"):
-        if streaming:
-            if path.suffix == ".json":
-                raise UserError(f"{path}: a .json array cannot be streamed; write it as .jsonl, or drop --streaming")
-            if not path.is_file():
-                raise UserError(f"{path}: no such data file; pass an existing LLaVA JSONL as --data_path")
-            return JsonLines(path)
-        return RowSource(str(path), PackedRows(read_json_rows(path, on_bad_row)), json_path=path)
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"{data_path}: reading this needs the `datasets` package; pip install datasets") from None
-    with told(f"{data_path}: no dataset could be loaded", "check --data_path and --split"):
-        if path.is_dir() and (path / "state.json").is_file():
+    name = split.partition("[")[0]
+    if streaming and "[" in split:
+        raise UserError(f"{data_path}: a stream has no part {split}; name a whole split, or drop --streaming")
+    if path.suffix.lower() in (".json", ".jsonl"):
+        if is_missing(path):
+            raise UserError(f"{path}: no such data file; pass an existing LLaVA JSON or JSONL as --data_path")
+        if not streaming:
+            return sliced({name: json_rows(path)}, split, data_path)
+        if is_array(path):
+            raise UserError(f"{path}: a .json array cannot be streamed; write it as .jsonl, or drop --streaming")
+        arguments = {"parts": list(range(num_parts)), "num_parts": num_parts, "block_size": block_size}
+        return datasets.IterableDataset.from_generator(
+            streamed_lines, gen_kwargs={"path": path, "passes": passes, **arguments}
+        )
+    with told(f"{data_path}: no data set could be loaded", "check --data_path and --split"):
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(path))
-            loaded = loaded.to_iterable_dataset() if streaming else loaded
-        elif path.is_dir() and (path / "dataset_dict.json").is_file():
-            loaded = datasets.load_from_disk(str(path))[split]
-            loaded = loaded.to_iterable_dataset() if streaming else loaded
-        elif path.suffix == ".parquet":
-            loaded = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
+            loaded = sliced(loaded if isinstance(loaded, dict) else {name: loaded}, split, data_path)
+            loaded = loaded.to_iterable_dataset(num_shards=num_parts) if streaming else loaded
+        elif path.suffix.lower() == ".parquet":
+            loaded = datasets.load_dataset("parquet", data_files={name: str(path)}, split=split, streaming=streaming)
         else:
             loaded = datasets.load_dataset(data_path, split=split, streaming=streaming)
-    loaded = _undecoded(loaded)
-    return loaded if streaming else RowSource(data_path, loaded)
+        loaded = loaded.with_format(None).cast(undecoded(loaded.features)) if loaded.features else loaded
+    if not streaming:
+        return loaded.add_column(ROW_COLUMN, range(len(loaded)))
+    if num_parts > loaded.num_shards:
+        raise UserError(
+            f"dataloader_num_workers: {data_path} is streamed from {loaded.num_shards} files, which as many workers can "
+            f"share; set dataloader_num_workers: {loaded.num_shards}"
+        )
+    return loaded.map(lambda row, number: {ROW_COLUMN: number}, with_indices=True).repeat(passes)
 
 
-def _undecoded(dataset: Any) -> Any:
-    """Keeps pictures encoded until a worker asks for them."""
-    import datasets
-
-    features = dataset.features or {}
-    for name, feature in features.items():
-        if isinstance(feature, datasets.Image):
-            dataset = dataset.cast_column(name, datasets.Image(decode=False))
-        elif isinstance(feature, (datasets.List, list)):
-            inner = feature.feature if isinstance(feature, datasets.List) else feature[0]
-            if isinstance(inner, datasets.Image):
-                dataset = dataset.cast_column(name, datasets.List(datasets.Image(decode=False)))
-    return dataset
+def sliced(splits: dict[str, datasets.Dataset], split: str, data_path: str) -> datasets.Dataset:
+    """The rows of a split such as `train`, `train[80%:]` or `train[:10]+test`."""
+    with told(f"{data_path}: no split {split}", f"name one of {', '.join(map(str, splits))}, as in train[:80%]"):
+        sizes = {name: len(rows) for name, rows in splits.items()}
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+        return datasets.concatenate_datasets(
+            [splits[part.splitname].select(range(sizes[part.splitname])[part.from_ : part.to]) for part in parts]
+        )
 
 
-class JsonLines:
-    """The rows of a `.jsonl` file, read one line at a time."""
+def undecoded(feature: Any) -> Any:
+    """A data set's features, with pictures as their bytes, wherever they are."""
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, dict):
+        changed = {name: undecoded(inner) for name, inner in feature.items()}
+        return datasets.Features(changed) if isinstance(feature, datasets.Features) else changed
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return type(feature)(undecoded(feature.feature))
+    return feature
 
-    def __init__(self, path: Path):
-        self.path = path
 
-    def lines(self) -> Iterator[tuple[int, str]]:
-        """The number (from 1) and text of each line that is not empty."""
-        with self.path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, line
+# ---- JSON ----
+
+
+def is_array(path: Path) -> bool:
+    """Whether a JSON file holds one array, not a row on each line."""
+    with path.open("rb") as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return path.suffix.lower() == ".json" and start.startswith(b"[")
+
+
+def json_rows(path: Path) -> datasets.Dataset:
+    """The rows of a JSON file, each as its own text, with the line on which it begins (from 1).
+
+    Raises:
+        UserError: the file cannot be read, or is an array that is no JSON.
+    """
+    try:
+        found = list(array_rows(path) if is_array(path) else numbered_lines(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)}); check --data_path") from None
+    rows = pa.array([row for _, row in found], pa.large_binary())
+    lines = pa.array([line for line, _ in found], pa.int64())
+    return datasets.Dataset(pa.table({JSON_COLUMN: rows, LINE_COLUMN: lines}))
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Number (from 1) and content of each line that is not empty."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            line = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
+            if line:
+                yield number, line
+
+
+def array_rows(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Number of the first line (from 1) and content of each row of a JSON array."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({reason(error)}); repair the file") from None
+    decoder = json.JSONDecoder()
+    opening = text.index("[")
+    position, counted, line = SPACES.match(text, opening + 1).end(), 0, 1
+    for number in itertools.count():
+        if text.startswith("]", position):
+            break
+        line += text.count("\n", counted, position)
+        counted = position
+        try:
+            _, end = decoder.raw_decode(text, position)
+            following = SPACES.match(text, end).end()
+            if text[following : following + 1] not in (",", "]"):
+                raise json.JSONDecodeError("a row is followed by neither comma nor bracket", text, end)
+        except json.JSONDecodeError as error:
+            problem = f"line {error.lineno} column {error.colno} is no JSON ({error.msg})"
+            raise UserError(f"{path}: {problem}; repair the file") from None
+        except (ValueError, RecursionError) as error:
+            problem = f"line {line} (row {number}) cannot be read ({reason(error)})"
+            raise UserError(f"{path}: {problem}; repair the file") from None
+        yield line, text[position:end].encode()
+        position = following if text[following] == "]" else SPACES.match(text, following + 1).end()
+    if SPACES.match(text, position + 1).end() < len(text):
+        raise UserError(f"{path}: something follows the array of rows; repair the file")
+
+
+def streamed_lines(
+    path: Path, passes: int | None, parts: list[int], num_parts: int, block_size: int
+) -> Iterator[dict[str, Any]]:
+    """The lines of a JSONL file, pass after pass: those that some of `num_parts` readers take, a block each in turn."""
+    number = 0
+    for _ in itertools.count() if passes is None else range(passes):
+        first = number
+        for line, row in numbered_lines(path):
+            if number // block_size % num_parts in parts:
+                yield {JSON_COLUMN: row, LINE_COLUMN: line}
+            number += 1
+        if number == first:
+            raise UserError(f"{path}: no rows; pass another --data_path")
+
+
+# ---- rows ----
+
+
+def place_of(record: dict[str, Any]) -> str:
+    """How a message names a row of a data set of [`load_rows`]."""
+    return f"row {record[ROW_COLUMN]}" if ROW_COLUMN in record else f"line {record[LINE_COLUMN]}"
+
+
+def row_of(record: dict[str, Any]) -> Any:
+    """The row as its file or data set holds it.
+
+    Raises:
+        RowError: it is no JSON.
+    """
+    if ROW_COLUMN in record:
+        return {name: value for name, value in record.items() if name not in (ROW_COLUMN, LENGTH_COLUMN)}
+    try:
+        return json.loads(record[JSON_COLUMN].decode(), object_pairs_hook=unique_keys)
+    except UnicodeDecodeError as error:
+        raise RowError(f"not UTF-8 ({reason(error)})") from None
+    except RecursionError:
+        raise RowError("nested too deeply") from None
+    except ValueError as error:
+        raise RowError(f"no JSON ({reason(error)})") from None
 
 
 def check_rows(
-    rows: RowSource, on_bad_row: str = "stop", encoder: ConversationEncoder | None = None
-) -> tuple[RowSource | SelectedRows, list[str]]:
-    """Parses every row once, before the first step.
+    rows: datasets.Dataset, collator: Any, num_visual_tokens: int, look_for_images: bool = True
+) -> tuple[datasets.Dataset, list[str]]:
+    """Reads every row once, before the first step, but opens no picture.
 
     Args:
-        rows: the rows.
-        on_bad_row: "stop" raises at the first bad row, "skip" leaves bad rows out.
-        encoder: also has its chat template render what is new in roles and parts.
+        rows: as [`load_rows`] opens them.
+        collator: the `DeltaLlavaCollator` that will read them, whose policies decide about what cannot be used.
+        num_visual_tokens: tokens of each picture in `LENGTH_COLUMN`.
+        look_for_images: whether a picture file that does not exist counts now.
     Returns:
-        The rows to train on, and one message for each row left out.
+        The rows to train on, with their lengths in words and visual tokens as `LENGTH_COLUMN`, and one message for each
+        row left out.
     Raises:
-        UserError: a row is bad and `on_bad_row` is "stop", or no row is left.
+        UserError: a row cannot be used and is not to be skipped, or no row is left.
     """
     good: list[int] = []
-    messages: list[str] = []
-    for index in range(len(rows)):
+    lengths: list[int] = []
+    left_out: list[str] = []
+    missing: dict[Path, bool] = {}
+    for index, record in enumerate(rows):
+        length = 0
         try:
-            sample = rows.sample(index)
-            if encoder is not None:
-                encoder.check(sample.messages)
-        except RowError as error:
-            message = f"{rows.where(index)}: {error}"
-            if on_bad_row == "stop":
-                raise UserError(f"{message}; repair the row, or pass --on_bad_row skip") from None
-            messages.append(message)
-        else:
+            sample = parse_row(row_of(record), collator.ignored_keys)
+            collator.encoder.check(sample.messages)
+            length = sample.num_words + num_visual_tokens * len(sample.images)
+            for image in sample.images if look_for_images else ():
+                file = picture_file(image, collator.image_folder)
+                if file is not None and file not in missing:
+                    missing[file] = is_missing(file)
+                if file is not None and missing[file]:
+                    raise MissingImageError(f"{image_name(file)}: missing, or no file")
             good.append(index)
+        except (RowError, BrokenImageError) as error:
+            left_out.append(f"{collator.place_of(record)}: {collator.left_out(record, error)}")
+        lengths.append(length)
     if not good:
-        raise UserError(f"{rows.name}: no usable row; the first problem: {messages[0] if messages else 'it is empty'}")
-    return (rows if not messages else rows.select(good)), messages
-
-
-def missing_images(rows: RowSource | SelectedRows, folder: Path | None) -> list[str]:
-    """Names of picture files that rows ask for and that do not exist."""
-    checked: dict[str, bool] = {}
-    for index in range(len(rows)):
-        for image in rows.sample(index).images:
-            file = resolve_image(image, folder)
-            if isinstance(file, Path) and str(file) not in checked:
-                checked[str(file)] = file.is_file()
-    return [name for name, exists in checked.items() if not exists]
-
-
-class ConversationDataset(Dataset):
-    """Map-style dataset: row index (or `DrawnIndex`) -> `TrainingExample` or `SkippedExample`.
-
-    Args:
-        rows: checked rows.
-        encoder: turns a conversation into ids and labels.
-        image_folder: where picture names are looked up.
-        on_broken_image: "skip" leaves the row out and reports it, "stop" raises.
-        max_image_pixels: pictures above this many pixels count as broken.
-    """
-
-    def __init__(
-        self,
-        rows: RowSource | SelectedRows,
-        encoder: ConversationEncoder,
-        image_folder: Path | None = None,
-        on_broken_image: str = "stop",
-        max_image_pixels: int | None = None,
-    ):
-        self.rows = rows
-        self.encoder = encoder
-        self.image_folder = image_folder
-        self.on_broken_image = on_broken_image
-        self.max_image_pixels = max_image_pixels
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, key: int | DrawnIndex) -> TrainingExample | SkippedExample:
-        drawn = key if isinstance(key, DrawnIndex) else DrawnIndex(int(key))
-        return self.build(self.rows.sample(drawn.index), lambda: self.rows.where(drawn.index), drawn.num_visual_tokens)
-
-    def build(
-        self, sample: Sample, where: Callable[[], str], num_visual_tokens: int | None = None
-    ) -> TrainingExample | SkippedExample:
-        """Encodes one sample and opens its pictures; `where()` words its place for a message."""
-        try:
-            images = [open_image(image, self.image_folder, self.max_image_pixels) for image in sample.images]
-        except BrokenImageError as error:
-            if self.on_broken_image == "stop":
-                raise UserError(
-                    f"{where()}: image {error}; repair it, or pass --on_broken_image skip to leave such rows out"
-                ) from None
-            return SkippedExample(f"{where()}: image {error}")
-        try:
-            text = self.encoder.encode(sample.messages)
-        except RowError as error:
-            raise UserError(f"{where()}: {error}; repair the row or the template") from None
-        if not text.has_labels:
-            return SkippedExample(f"{where()}: nothing to learn, every label is masked")
-        return TrainingExample(text=text, images=images, num_visual_tokens=num_visual_tokens)
-
-    def modality_lengths(self) -> list[int]:
-        """Words of each row, negative for rows without a picture: what length-grouped sampling sorts by."""
-        lengths = []
-        for index in range(len(self.rows)):
-            sample = self.rows.sample(index)
-            words = sum(
-                len(part["text"].split())
-                for message in sample.messages
-                for part in message["content"]
-                if part["type"] == "text"
-            )
-            lengths.append(max(words, 1) if sample.images else -max(words, 1))
-        return lengths
-
-
-class StreamedDataset(IterableDataset):
-    """Iterable counterpart of `ConversationDataset` for rows that cannot be addressed by index.
-
-    Its rows come again and again without an end, so that whatever stops and resumes a run counts on in one sequence,
-    and no batch is filled up with rows of another one. Consecutive blocks of `block_size` rows (one batch of all
-    ranks) go to the workers in turn, so that several workers give the order that one would give.
-
-    Args:
-        rows: `JsonLines`, or a `datasets.IterableDataset`, told with `set_epoch` which pass over it begins.
-        dataset: builds the examples (its own rows are not read).
-        name: how messages name the stream.
-        block_size: rows in one micro-batch of all ranks.
-        accumulation: micro-batches in one optimizer step.
-        num_workers: processes that read the stream.
-        draw_budget: (epoch, optimizer step) -> visual tokens, or None for the model's default; the epoch is always 0.
-        on_bad_row: "skip" or "stop".
-    """
-
-    def __init__(
-        self,
-        rows: JsonLines | Iterable[Any],
-        dataset: ConversationDataset,
-        name: str,
-        block_size: int,
-        accumulation: int = 1,
-        num_workers: int = 0,
-        draw_budget: Callable[[int, int], int] | None = None,
-        on_bad_row: str = "stop",
-    ):
-        if num_workers > 1 and not isinstance(rows, JsonLines):
-            raise UserError(
-                f"dataloader_num_workers: {name} is streamed by `datasets`, which splits it among workers in its own "
-                "way; set dataloader_num_workers: 1"
-            )
-        self.rows = rows
-        self.dataset = dataset
-        self.name = name
-        self.block_size = block_size
-        self.accumulation = accumulation
-        self.draw_budget = draw_budget
-        self.on_bad_row = on_bad_row
-
-    def placed_rows(self) -> Iterator[tuple[str, Any]]:
-        """How a message names each row, and the row (a line of text from `JsonLines`), pass after pass.
-
-        Raises:
-            UserError: the stream is empty.
-        """
-        for epoch in itertools.count():
-            if isinstance(self.rows, JsonLines):
-                kind, rows = "line", self.rows.lines()
-            else:
-                self.rows.set_epoch(epoch)
-                kind, rows = "row", enumerate(self.rows)
-            place = None
-            for place, row in rows:
-                yield f"{self.name}: {kind} {place}", row
-            if place is None:
-                raise UserError(f"{self.name}: no rows; pass another --data_path")
-
-    def __iter__(self) -> Iterator[TrainingExample | SkippedExample]:
-        worker = get_worker_info()
-        worker_id, num_workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        for number, (place, row) in enumerate(self.placed_rows()):
-            block = number // self.block_size
-            if block % num_workers != worker_id:
-                continue
-            try:
-                sample = parse_row(parse_line(row) if isinstance(row, str) else row)
-                self.dataset.encoder.check(sample.messages)
-            except RowError as error:
-                if self.on_bad_row == "stop":
-                    raise UserError(f"{place}: {error}; repair the row, or pass --on_bad_row skip") from None
-                yield SkippedExample(f"{place}: {error}")
-                continue
-            step = block // self.accumulation
-            budget = self.draw_budget(0, step) if self.draw_budget is not None else None
-            yield self.dataset.build(sample, lambda place=place: place, budget)
+        problem = left_out[0] if left_out else "it is empty"
+        raise UserError(f"{collator.name}: no usable row; the first problem: {problem}")
+    rows = rows.add_column(LENGTH_COLUMN, lengths)
+    return (rows.select(good) if left_out else rows), left_out

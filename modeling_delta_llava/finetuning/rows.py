@@ -1,19 +1,25 @@
-"""Rows of a dataset file, checked and normalised: one `Sample` is one conversation with its pictures.
+"""Rows of a data set, checked and brought into one form: one `Sample` is one conversation with its pictures.
 
-Two layouts are read: LLaVA JSON / JSONL (`conversations` of `from` / `value`, `<image>` in the text, `image` as one
-name or a list of names) and Hugging Face chat rows (`messages` of `role` / `content`, `images` as a list).
-Everything that can be known without opening a picture is checked here, with the line of the offending row.
+Two layouts are read: LLaVA's (`conversations` of `from` / `value`, `<image>` in the questions, `image` as one name or a
+list of names) and Hugging Face chat rows (`messages` of `role` / `content`, `images` as a list, or pictures inside the
+message parts). Everything that can be known without opening a picture is checked here. A key without content (null, an
+empty text or list) counts as absent; a key with content is known, or named in an error.
 """
 
-import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from delta_llava.errors import UserError, reason
+from PIL import Image
+
+from delta_llava.errors import printable
 
 IMAGE_MARK = "<image>"
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+CHAT_ROLES = {role: role for role in ("system", "user", "assistant")}
+# Where a message part may hold its picture.
+PICTURE_KEYS = ("image", "url", "image_url", "path", "base64")
 
 
 class RowError(ValueError):
@@ -25,135 +31,204 @@ class Sample:
     """One conversation.
 
     `messages` are chat-template messages whose contents are lists of `{"type": "image"}` and
-    `{"type": "text", "text": ...}` parts; `images` are the pictures in the order of their parts: a file name, encoded
-    bytes, a `{"bytes", "path"}` pair or a `PIL.Image.Image`.
+    `{"type": "text", "text": ...}` parts; `images` are the pictures in the order of their parts, each as
+    [`open_image`][modeling_delta_llava.finetuning.pictures.open_image] takes them.
     """
 
     messages: list[dict[str, Any]]
     images: list[Any] = field(default_factory=list)
     dropped_leading_answer: bool = False
 
-
-@dataclass(frozen=True)
-class BrokenLine:
-    """Stands for the row on a line of a JSONL file that is no JSON."""
-
-    problem: str
+    @property
+    def num_words(self) -> int:
+        """Words of all turns, which stand for their tokens where rows are grouped by length."""
+        return sum(len(part["text"].split()) for turn in self.messages for part in turn["content"] if "text" in part)
 
 
-def parse_line(line: str) -> Any:
-    """The row on a line of a JSONL file, or a `BrokenLine`, which [`parse_row`] refuses as a bad row."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        return BrokenLine(f"no JSON ({error.msg})")
+def parse_row(row: Any, ignored_keys: Collection[str] = ()) -> Sample:
+    """Checks one row of either layout and brings it into one form.
 
-
-def parse_row(row: Any) -> Sample:
-    """Checks one row of either layout and normalises it.
-
+    Args:
+        row: the row.
+        ignored_keys: keys of a row, a turn or a part that are left unused, whatever they hold.
     Raises:
-        RowError: the row has no turns, wrong roles or types, or a number of pictures that its text does not ask for.
+        RowError: the row has no turns, wrong roles or types, content under a key that nobody uses, or another number
+            of pictures than its text shows.
     """
-    if isinstance(row, BrokenLine):
-        raise RowError(row.problem)
-    if not isinstance(row, dict):
+    if not isinstance(row, Mapping):
         raise RowError(f"a row must be an object, found {type(row).__name__}")
-    if "conversations" in row:
-        return _parse_llava(row)
-    if "messages" in row:
-        return _parse_chat(row)
-    raise RowError("neither `conversations` (LLaVA) nor `messages` (Hugging Face chat) is present")
-
-
-def _parse_llava(row: dict[str, Any]) -> Sample:
-    images = _listed_images(row.get("image", row.get("images")))
-    turns = row["conversations"]
-    if not isinstance(turns, list) or not turns:
-        raise RowError("`conversations` is empty or no list")
-    messages = []
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-            raise RowError(f"turn {number} has no `from` and `value`")
-        if not isinstance(turn["from"], str) or turn["from"].lower() not in LLAVA_ROLES:
-            raise RowError(f"turn {number} is from {turn['from']!r}; known are human, gpt and system")
-        if not isinstance(turn["value"], str):
-            raise RowError(f"turn {number} has a `value` of type {type(turn['value']).__name__}, not text")
-        messages.append(
-            {"role": LLAVA_ROLES[turn["from"].lower()], "content": _text_content(turn["value"], bool(images))}
+    keys = _keys_with_content(row, "the row", ("conversations", "messages", "image", "images"), ignored_keys)
+    if {"conversations", "messages"} <= keys:
+        raise RowError("it has both `conversations` and `messages`; leave one of them")
+    if {"image", "images"} <= keys:
+        raise RowError("it has both `image` and `images`; leave one of them")
+    if not keys & {"conversations", "messages"}:
+        empty = [key for key in ("conversations", "messages") if key in row]
+        raise RowError(
+            f"`{empty[0]}` is empty"
+            if empty
+            else "neither `conversations` (LLaVA) nor `messages` (Hugging Face chat) is present"
         )
-    return _checked(messages, images)
+    listed = _pictures(row["image"] if "image" in keys else row.get("images"))
+    is_llava = "conversations" in keys
+    turns = row["conversations" if is_llava else "messages"]
+    if not isinstance(turns, list):
+        raise RowError(f"`{'conversations' if is_llava else 'messages'}` is of type {type(turns).__name__}, no list")
+    parse_turn = _llava_turn if is_llava else _chat_turn
+    shown = _ShownPictures(listed)
+    messages = [parse_turn(turn, f"turn {number}", shown, ignored_keys) for number, turn in enumerate(turns, 1)]
+    return _checked(messages, shown.all())
 
 
-def _parse_chat(row: dict[str, Any]) -> Sample:
-    images = _listed_images(row.get("images", row.get("image")))
-    turns = row["messages"]
-    if not isinstance(turns, list) or not turns:
-        raise RowError("`messages` is empty or no list")
-    messages = []
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
-            raise RowError(f"message {number} has no `role` and `content`")
-        if turn["role"] not in ("system", "user", "assistant"):
-            raise RowError(f"message {number} has the role {turn['role']!r}; known are system, user and assistant")
-        content = turn["content"]
-        if isinstance(content, str):
-            parts = _text_content(content, bool(images))
-        elif isinstance(content, list):
-            parts = [_chat_part(part, number) for part in content]
-        else:
-            raise RowError(f"message {number} has a `content` of type {type(content).__name__}")
-        messages.append({"role": turn["role"], "content": parts})
-    return _checked(messages, images)
+class _ShownPictures:
+    """The pictures of a row in the order in which its turns show them."""
+
+    def __init__(self, listed: list[Any]):
+        self.listed = listed
+        self._shown: list[Any] = []
+        self._used: list[int] = []
+        self._by_index: bool | None = None
+
+    def next_ones(self, count: int) -> None:
+        """The next `count` of the listed pictures are shown."""
+        for _ in range(count):
+            self.one(len(self._used), by_index=False)
+
+    def one(self, index: Any, by_index: bool) -> None:
+        """The listed picture number `index` is shown, as `by_index` a part asked for by its number."""
+        if self._by_index not in (None, by_index):
+            raise RowError("some image parts have an `index` and some have none; give all of them one, or none")
+        self._by_index = by_index
+        if by_index and (isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(self.listed)):
+            raise RowError(f"an image part has the index {index!r}, but the row lists {len(self.listed)} images")
+        self._used.append(index)
+        self._shown.append(self.listed[index] if index < len(self.listed) else None)
+
+    def own(self, picture: Any) -> None:
+        """A picture is shown that a part holds itself."""
+        self._shown.append(picture)
+
+    def all(self) -> list[Any]:
+        unused = set(range(len(self.listed))) - set(self._used)
+        if unused or len(self.listed) < len(set(self._used)):
+            raise RowError(f"the text has {len(self._used)} {IMAGE_MARK} but the row lists {len(self.listed)} images")
+        return self._shown
 
 
-def _chat_part(part: Any, number: int) -> dict[str, Any]:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "image":
-        return {"type": "image"}
-    if kind == "text" and isinstance(part.get("text"), str):
-        if IMAGE_MARK in part["text"]:
-            raise RowError(f'message {number} has {IMAGE_MARK} inside a text part; use a part {{"type": "image"}}')
-        return {"type": "text", "text": part["text"]}
-    raise RowError(f"message {number} has a part that is neither an image nor a text")
+def _llava_turn(turn: Any, where: str, shown: _ShownPictures, ignored_keys: Collection[str]) -> dict[str, Any]:
+    if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
+        raise RowError(f"{where} has no `from` and `value`")
+    _keys_with_content(turn, where, ("from", "value"), ignored_keys)
+    role = LLAVA_ROLES.get(turn["from"].lower()) if isinstance(turn["from"], str) else None
+    if role is None:
+        raise RowError(f"{where} is from {printable(repr(turn['from']), 40)}; known are human, gpt and system")
+    return {"role": role, "content": _marked_text(turn["value"], role, where, shown)}
 
 
-def _text_content(text: str, has_image: bool) -> list[dict[str, Any]]:
-    """A text with `<image>` marks as parts: pictures first, then the text around them, as LLaVA is trained."""
-    count = text.count(IMAGE_MARK) if has_image else 0
+def _chat_turn(turn: Any, where: str, shown: _ShownPictures, ignored_keys: Collection[str]) -> dict[str, Any]:
+    if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
+        raise RowError(f"{where} has no `role` and `content`")
+    _keys_with_content(turn, where, ("role", "content"), ignored_keys)
+    role = CHAT_ROLES.get(turn["role"]) if isinstance(turn["role"], str) else None
+    if role is None:
+        raise RowError(f"{where} has the role {printable(repr(turn['role']), 40)}; known are system, user, assistant")
+    if not isinstance(turn["content"], list):
+        return {"role": role, "content": _marked_text(turn["content"], role, where, shown)}
+    return {"role": role, "content": [_chat_part(part, where, shown, ignored_keys) for part in turn["content"]]}
+
+
+def _chat_part(part: Any, where: str, shown: _ShownPictures, ignored_keys: Collection[str]) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text":
+        _keys_with_content(part, f"a text part of {where}", ("type", "text"), ignored_keys)
+        return {"type": "text", "text": _text(part.get("text"), where)}
+    if kind not in ("image", "image_url"):
+        raise RowError(f"{where} has a part that is neither an image nor a text")
+    keys = _keys_with_content(part, f"an image part of {where}", ("type", "index", *PICTURE_KEYS), ignored_keys)
+    held = sorted(keys & set(PICTURE_KEYS))
+    if len(held) > 1 or (held and "index" in keys):
+        raise RowError(f"an image part of {where} has several of {', '.join(held)} and index; leave one of them")
+    if held:
+        shown.own(_picture({held[0]: part[held[0]]}))
+    elif part.get("index") is not None:
+        shown.one(part["index"], by_index=True)
+    else:
+        shown.next_ones(1)
+    return {"type": "image"}
+
+
+def _marked_text(text: Any, role: str, where: str, shown: _ShownPictures) -> list[dict[str, Any]]:
+    """A text as parts. In a question of a row with pictures, `<image>` shows the next one, and pictures come first, as
+    LLaVA is trained; anywhere else `<image>` is text like any other."""
+    text = _text(text, where)
+    count = text.count(IMAGE_MARK) if shown.listed and role == "user" else 0
     if count == 0:
         return [{"type": "text", "text": text}]
+    shown.next_ones(count)
     text = text.replace(IMAGE_MARK, "").strip()
     return [{"type": "image"}] * count + ([{"type": "text", "text": text}] if text else [])
 
 
-def _listed_images(value: Any) -> list[Any]:
-    if value is None:
+def _text(text: Any, where: str) -> str:
+    if not isinstance(text, str):
+        raise RowError(f"{where} has content of type {type(text).__name__}, not text")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RowError(f"{where} has half of a character (a lone surrogate, such as a cut emoji)") from None
+    return text
+
+
+def _pictures(value: Any) -> list[Any]:
+    if value in (None, ""):
         return []
-    images = value if isinstance(value, list) else [value]
-    for image in images:
-        if image is None or (isinstance(image, str) and not image):
-            raise RowError("an image name is empty")
-        if isinstance(image, (int, float, bool, list)):
-            raise RowError(f"an image is of type {type(image).__name__}, not a file name")
-    return images
+    return [_picture(picture) for picture in (value if isinstance(value, list) else [value])]
+
+
+def _picture(value: Any) -> Any:
+    """A picture as [`open_image`] takes it."""
+    if isinstance(value, Mapping):
+        holds = {key: entry for key, entry in value.items() if entry is not None}
+        if isinstance(holds.get("bytes"), bytes) and holds.keys() <= {"bytes", "path"}:
+            return dict(holds)
+        if holds.keys() == {"image_url"} and isinstance(holds["image_url"], Mapping):
+            holds = {key: entry for key, entry in holds["image_url"].items() if entry is not None and key != "detail"}
+        if holds.keys() == {"base64"} and isinstance(holds["base64"], str):
+            return f"data:;base64,{holds['base64']}"
+        if len(holds) != 1 or not holds.keys() <= {*PICTURE_KEYS, "bytes"}:
+            raise RowError(f"an image has the keys {', '.join(map(str, holds)) or 'of none'}; give its path or bytes")
+        return _picture(next(iter(holds.values())))
+    if isinstance(value, str) and value:
+        return _text(value, "an image name")
+    if value in (None, "", b""):
+        raise RowError("an image name is empty")
+    if isinstance(value, bytes | Path | Image.Image):
+        return value
+    raise RowError(f"an image is of type {type(value).__name__}, not a file name")
+
+
+def _keys_with_content(
+    mapping: Mapping[str, Any], where: str, known: Collection[str], ignored_keys: Collection[str]
+) -> set[str]:
+    keys = {key for key, value in mapping.items() if value is not None and value != "" and value != [] and value != {}}
+    unknown = sorted(map(str, keys - set(known) - set(ignored_keys)))
+    if unknown:
+        raise RowError(
+            f"{where} has {printable(', '.join(unknown), 80)}, which training does not use; add it to ignored_keys"
+        )
+    return keys - set(ignored_keys)
 
 
 def _checked(messages: list[dict[str, Any]], images: list[Any]) -> Sample:
-    asked = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if asked != len(images):
-        raise RowError(f"the text has {asked} {IMAGE_MARK} but the row lists {len(images)} images")
     for message in messages:
-        for part in message["content"]:
-            if part["type"] == "text" and IMAGE_MARK in part["text"]:
-                raise RowError(f"a row without images has {IMAGE_MARK} in its text")
-            if part["type"] == "image" and message["role"] != "user":
-                raise RowError(f"the {message['role']} turn has an image; only user turns can show one")
-        if message["role"] == "assistant" and not "".join(part["text"] for part in message["content"]).strip():
+        kinds = {part["type"] for part in message["content"]}
+        if "image" in kinds and message["role"] != "user":
+            raise RowError(f"the {message['role']} turn has an image; only user turns can show one")
+        has_text = any(part["type"] == "text" and part["text"].strip() for part in message["content"])
+        if message["role"] == "assistant" and not has_text:
             raise RowError("an assistant turn is empty")
-        if message["role"] == "user" and not any(
-            part["type"] == "image" or part["text"].strip() for part in message["content"]
-        ):
+        if message["role"] == "user" and not has_text and "image" not in kinds:
             raise RowError("a user turn is empty")
 
     start = 1 if messages[0]["role"] == "system" else 0
@@ -172,57 +247,3 @@ def _checked(messages: list[dict[str, Any]], images: list[Any]) -> Sample:
     if turns[-1]["role"] != "assistant":
         raise RowError("the conversation ends with a question that has no answer")
     return Sample(messages=messages, images=images, dropped_leading_answer=dropped)
-
-
-def read_json_rows(path: Path, on_bad_row: str = "stop") -> list[Any]:
-    """All rows of a `.json` array or a `.jsonl` file.
-
-    Args:
-        path: the file.
-        on_bad_row: "stop" raises at a line of a `.jsonl` that is no JSON, "skip" gives a `BrokenLine` for it.
-    Raises:
-        UserError: the file is missing, is no JSON (with the line), or is no list of rows.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such data file; pass an existing LLaVA JSON or JSONL as --data_path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({reason(error)}); check --data_path") from None
-    if path.suffix == ".jsonl":
-        rows = []
-        for line_number, line in enumerate(text.split("\n"), start=1):
-            if not line.strip():
-                continue
-            rows.append(parse_line(line))
-            if on_bad_row == "stop" and isinstance(rows[-1], BrokenLine):
-                raise UserError(
-                    f"{path}: line {line_number} is {rows[-1].problem}; repair that line, or pass --on_bad_row skip"
-                )
-        return rows
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}: line {error.lineno} column {error.colno} is no JSON ({error.msg}); repair the file"
-        ) from None
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: expected a list of rows, found {type(rows).__name__}; use one object per sample")
-    return rows
-
-
-def line_of_row(path: Path, index: int) -> int:
-    """The line on which row `index` of a JSON or JSONL file begins (used only to word an error)."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        lines = [number for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        return lines[index]
-    decoder = json.JSONDecoder()
-    position = text.index("[") + 1
-    for current in range(index + 1):
-        while text[position] in " \t\r\n,":
-            position += 1
-        if current == index:
-            break
-        _, position = decoder.raw_decode(text, position)
-    return text.count("\n", 0, position) + 1

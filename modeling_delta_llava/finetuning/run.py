@@ -3,8 +3,8 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Any
 
+import datasets
 import torch
 import transformers
 
@@ -26,10 +26,10 @@ from .checkpoints import (
     is_no_space,
     write_settings,
 )
-from .collator import DeltaLlavaCollator
-from .data import ConversationDataset, StreamedDataset, check_rows, load_rows, missing_images
+from .collator import DeltaLlavaCollator, collator_of
+from .data import check_rows, load_rows
+from .metrics import load_metric
 from .parts import set_trained, with_lora
-from .samplers import budget_draw
 from .start import (
     BASE_FOLDER,
     built_whole,
@@ -38,7 +38,6 @@ from .start import (
     load_model,
     read_start,
 )
-from .text import ConversationEncoder
 from .trainer import DeltaLlavaTrainer
 
 logger = logging.getLogger(__name__)
@@ -89,7 +88,7 @@ def run(arguments: RunArguments) -> Path | None:
         raise UserError(last_line.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")) from error
     skipped = trainer.all_skipped()
     if skipped and arguments.training.process_index == 0:
-        logger.warning("%d rows were left out: %s", sum(skipped.values()), "; ".join(list(skipped)[:5]))
+        logger.warning("%d rows were left out: %s", len(skipped), "; ".join(sorted(skipped)[:5]))
     return Path(arguments.training.output_dir)
 
 
@@ -122,63 +121,27 @@ def model_folder(arguments: RunArguments) -> Path:
     return folder
 
 
-def folder_of(name: str | None) -> Path | None:
-    """An existing folder of pictures.
-
-    Raises:
-        UserError: it does not exist.
-    """
-    if name is None:
-        return None
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"image_folder: {folder} is no folder; give the folder that image names are relative to")
-    return folder
-
-
-def open_dataset(arguments: RunArguments, encoder: ConversationEncoder, evaluation: bool = False) -> Any:
-    """The training (or evaluation) dataset, its rows checked and its picture files looked for.
+def open_dataset(
+    arguments: RunArguments, collator: DeltaLlavaCollator, num_visual_tokens: int, evaluation: bool = False
+) -> datasets.Dataset | datasets.IterableDataset:
+    """The training (or evaluation) data, its rows checked and its picture files looked for.
 
     Raises:
         UserError: the file, a row or a picture cannot be used.
     """
     data, training = arguments.data, arguments.training
-    path = data.eval_data_path if evaluation else data.data_path
-    image_folder = folder_of((data.eval_image_folder or data.image_folder) if evaluation else data.image_folder)
-    streaming = data.streaming and not evaluation
-    rows = load_rows(path, data.eval_split if evaluation else data.split, streaming, data.on_bad_row)
-    if not streaming:
-        rows, bad = check_rows(rows, data.on_bad_row, encoder)
-        for message in bad if training.process_index == 0 else []:
-            logger.warning("left out: %s", message)
-        if data.look_for_images and training.process_index == 0:
-            missing = missing_images(rows, image_folder)
-            if missing and data.on_broken_image == "stop":
-                raise UserError(
-                    f"{path}: {len(missing)} image files are missing, such as {missing[0]}; check --image_folder, or "
-                    "pass --on_broken_image skip to leave their rows out"
-                )
-            if missing:
-                logger.warning("%d image files are missing, such as %s", len(missing), missing[0])
-    dataset = ConversationDataset(
-        rows,
-        encoder,
-        image_folder=image_folder,
-        on_broken_image=data.on_broken_image,
-        max_image_pixels=data.max_image_pixels,
-    )
-    if not streaming:
-        return dataset
-    return StreamedDataset(
-        rows,
-        dataset,
-        name=path,
-        block_size=training.per_device_train_batch_size * training.world_size,
-        accumulation=training.gradient_accumulation_steps,
-        num_workers=training.dataloader_num_workers,
-        draw_budget=budget_draw(training),
-        on_bad_row=data.on_bad_row,
-    )
+    if evaluation:
+        rows = load_rows(data.eval_data_path, data.eval_split)
+    else:
+        block_size = training.per_device_train_batch_size * training.world_size
+        num_parts = max(1, training.dataloader_num_workers)
+        rows = load_rows(data.data_path, data.split, data.streaming, num_parts, block_size)
+    if isinstance(rows, datasets.IterableDataset):
+        return rows
+    rows, left_out = check_rows(rows, collator, num_visual_tokens, data.look_for_images)
+    for message in left_out if training.process_index == 0 else ():
+        logger.warning("left out: %s", message)
+    return rows
 
 
 def holds_run(folder: Path) -> bool:
@@ -212,9 +175,14 @@ def prepare(arguments: RunArguments) -> tuple[DeltaLlavaTrainer, Path | None]:
     config, processor = read_start(model_arguments, data)
     check_budgets(config, training.visual_token_budgets)
     check_default_budget(config, training.visual_token_budgets)
-    encoder = ConversationEncoder(processor, data.format)
-    train_dataset = open_dataset(arguments, encoder)
-    eval_dataset = open_dataset(arguments, encoder, evaluation=True) if data.eval_data_path is not None else None
+    collator = collator_of(data, processor, data.data_path, data.image_folder)
+    widest = max(training.visual_token_budgets or [processor.num_visual_tokens])
+    train_dataset = open_dataset(arguments, collator, widest)
+    eval_dataset, eval_collator = None, collator
+    if data.eval_data_path is not None:
+        eval_collator = collator_of(data, processor, data.eval_data_path, data.eval_image_folder or data.image_folder)
+        eval_dataset = open_dataset(arguments, eval_collator, processor.num_visual_tokens, evaluation=True)
+    metric = load_metric(training.metric) if training.predict_with_generate else None
 
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -229,13 +197,22 @@ def prepare(arguments: RunArguments) -> tuple[DeltaLlavaTrainer, Path | None]:
         transformers.set_seed(training.seed)  # as `Trainer` does, but only after the adapter is drawn
         model = with_lora(model, model_arguments, gradient_checkpointing=bool(training.gradient_checkpointing))
         model.peft_config["default"].base_model_name_or_path = model_arguments.model or str(folder)
+    callbacks = []
+    if training.early_stopping_patience is not None:
+        callbacks = [
+            transformers.EarlyStoppingCallback(training.early_stopping_patience, training.early_stopping_threshold)
+        ]
     trainer = DeltaLlavaTrainer(
         model=model,
         args=training,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=DeltaLlavaCollator(processor, data.max_length),
+        data_collator=collator,
+        eval_collator=eval_collator,
         processing_class=processor,
+        callbacks=callbacks,
+        max_length=data.max_length,
+        metric=metric,
         settings=arguments.settings,
         start_folder=None if model_arguments.lora_rank else folder,
         card={

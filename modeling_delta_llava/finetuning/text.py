@@ -1,8 +1,12 @@
 """Conversations as token ids and labels, through the chat template's own marks of what the assistant says."""
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from delta_llava.errors import UserError, reason
 
@@ -11,9 +15,11 @@ from .rows import RowError
 
 IGNORED_LABEL = -100
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
 # Setting `format` -> chat template of the package; "template" is the processor's own.
 TEMPLATES = {"v1": "vicuna_v1", "plain": "plain"}
+# What stands for a picture while a conversation is rendered: noncharacters, which no text holds. The image token itself
+# may then be talked about like any other word.
+PICTURE_MARK = "\ufdd0image\ufdd1"
 
 
 @dataclass(frozen=True)
@@ -22,25 +28,6 @@ class EncodedText:
 
     input_ids: list[int]
     labels: list[int]
-
-    @property
-    def has_labels(self) -> bool:
-        return any(label != IGNORED_LABEL for label in self.labels)
-
-
-@dataclass(frozen=True)
-class ExpandedText(EncodedText):
-    """Token ids with V image tokens per picture, their labels, and how many of the pictures are left after cutting."""
-
-    num_images: int
-    was_cut: bool
-
-
-def chat_template_of(processor: Any, format: str) -> str | None:  # noqa: A002 - the setting's name
-    """The Jinja template of a format, for the processor's image token."""
-    if format == "template":
-        return processor.chat_template
-    return read_chat_template(TEMPLATES[format], processor.image_token)
 
 
 class ConversationEncoder:
@@ -54,14 +41,16 @@ class ConversationEncoder:
     """
 
     def __init__(self, processor: Any, format: str = "template"):  # noqa: A002 - the setting's name
-        self.tokenizer = processor.tokenizer
         self.image_token_id = processor.image_token_id
-        self.template = chat_template_of(processor, format)
-        if self.tokenizer.pad_token_id is None:
+        if processor.tokenizer.pad_token_id is None:
             raise UserError(
                 "the tokenizer has no pad token; set one (Llama: '<unk>') with `tokenizer.pad_token` and save it again"
             )
-        if not self.template:
+        if format != "template":
+            self.template = read_chat_template(TEMPLATES[format], PICTURE_MARK)
+        elif processor.chat_template:
+            self.template = processor.chat_template.replace(processor.image_token, PICTURE_MARK)
+        else:
             raise UserError(
                 "the processor has no chat template; add chat_template.jinja to its folder, or pass --format v1"
             )
@@ -71,6 +60,7 @@ class ConversationEncoder:
                 "--format v1 to train on Vicuna's, or put {% generation %} ... {% endgeneration %} around the "
                 "assistant's text in the chat template of a local copy of the model"
             )
+        self.tokenizer = with_picture_mark(processor.tokenizer, processor.image_token)
         self._accepted: set[tuple] = set()
 
     def check(self, messages: list[dict[str, Any]]) -> None:
@@ -88,12 +78,16 @@ class ConversationEncoder:
         """Ids and labels of one conversation; labels are kept where the template marks the assistant's text.
 
         Raises:
-            RowError: the template refuses it.
+            RowError: the template refuses it, or shows another number of pictures than it has.
         """
         encoded = self._apply_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         input_ids = list(encoded["input_ids"])
+        shown = input_ids.count(self.image_token_id)
+        pictures = sum(part["type"] == "image" for message in messages for part in message["content"])
+        if shown != pictures:
+            raise RowError(f"the chat template shows {shown} of its {pictures} pictures")
         labels = [
-            token if spoken and token != self.image_token_id else IGNORED_LABEL
+            token if spoken else IGNORED_LABEL
             for token, spoken in zip(input_ids, encoded["assistant_masks"], strict=True)
         ]
         return EncodedText(input_ids=input_ids, labels=labels)
@@ -105,19 +99,12 @@ class ConversationEncoder:
             raise RowError(f"the chat template cannot show this conversation ({reason(error)})") from None
 
 
-def expand(text: EncodedText, image_token_id: int, num_visual_tokens: int, max_length: int) -> ExpandedText:
-    """Repeats each image token once per visual token and cuts what is longer than `max_length` tokens.
-
-    The cut never leaves part of a picture: where it would, the sequence ends before that picture.
-    """
-    input_ids: list[int] = []
-    labels: list[int] = []
-    num_images = 0
-    for token, label in zip(text.input_ids, text.labels, strict=True):
-        width = num_visual_tokens if token == image_token_id else 1
-        if len(input_ids) + width > max_length:
-            return ExpandedText(input_ids, labels, num_images, was_cut=True)
-        input_ids += [token] * width
-        labels += [label] * width
-        num_images += token == image_token_id
-    return ExpandedText(input_ids, labels, num_images, was_cut=False)
+def with_picture_mark(tokenizer: Any, image_token: str) -> PreTrainedTokenizerFast:
+    """The tokenizer with `PICTURE_MARK` in place of its image token: it has the token's id, and the token is text."""
+    written = tokenizer.backend_tokenizer.to_str().replace(json.dumps(image_token)[1:-1], PICTURE_MARK)
+    special = ("bos_token", "eos_token", "unk_token", "pad_token")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(written),
+        **{name: getattr(tokenizer, name) for name in special},
+        model_max_length=tokenizer.model_max_length,
+    )

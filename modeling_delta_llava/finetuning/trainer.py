@@ -3,8 +3,9 @@
 import copy
 import logging
 import os
+import random
 import shutil
-from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import huggingface_hub
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import IterableDataset
+from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import HubStrategy, rotate_checkpoints
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import EvalPrediction, HubStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
 
 from delta_llava.errors import UserError, reason
@@ -39,9 +41,9 @@ from .checkpoints import (
     with_stored_weights,
     write_settings,
 )
-from .collator import SKIPPED_KEY
+from .collator import ROWS_KEY, at_budget
 from .parts import PROJECTOR, count_parts, describe_parts, number_of_elements, part_of
-from .samplers import TrainingSampler, budget_draw
+from .text import IGNORED_LABEL
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +59,22 @@ class RunCallback(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # accelerate forwards the epoch too, but not to a sampler behind the loader that skips batches on resuming.
-        if self.trainer.train_sampler is not None:
-            self.trainer.train_sampler.set_epoch(int(state.epoch + 1e-6))
+        if self.trainer.grouped_sampler is not None:
+            self.trainer.grouped_sampler.epoch = int(state.epoch + 1e-6)
+
+
+class GroupedSampler(LengthGroupedSampler):
+    """Rows of similar length together, in an order that follows from seed and epoch: alike on every rank, and when a run
+    is resumed."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 class DeltaLlavaTrainer(Trainer):
@@ -66,13 +82,17 @@ class DeltaLlavaTrainer(Trainer):
 
     Beside [`~transformers.Trainer`]:
     - the projector has its own learning rate (`args.projector_learning_rate`);
-    - rows are grouped by modality and length (`args.group_by_modality_length`), and a visual-token budget is drawn
-      for each optimizer step (`args.visual_token_budgets`), alike on every rank;
+    - a visual-token budget is drawn for each optimizer step (`args.visual_token_budgets`), alike on every rank;
+    - the evaluation loss is the mean over all tokens, whatever the batches, and answers can be generated and compared
+      (`args.predict_with_generate`);
     - a checkpoint folder appears under its name only when it is complete;
     - every saved folder has a model card and the run's settings;
-    - rows that the collator left out are counted and reported.
+    - rows that were left out are counted and reported.
 
     Args:
+        max_length (`int`): tokens after which a row is cut, never inside a picture.
+        eval_collator (`Callable`, *optional*): the collator of the evaluation data, when it is another one.
+        metric (`Callable`, *optional*): (predictions, references), two lists of texts, to a number or a dict of numbers.
         settings (`dict`, *optional*): the run's settings, stored with every checkpoint.
         card (`dict`, *optional*): facts for the model card that the trainer cannot know, see [`trained_card`].
         start_folder (`Path`, *optional*): where the model was loaded from; frozen weights that the run holds in
@@ -84,6 +104,9 @@ class DeltaLlavaTrainer(Trainer):
         model: torch.nn.Module,
         args: DeltaLlavaTrainingArguments,
         *others,
+        max_length: int,
+        eval_collator: Callable[[list], dict] | None = None,
+        metric: Callable[[list[str], list[str]], Any] | None = None,
         settings: dict[str, Any] | None = None,
         card: dict[str, Any] | None = None,
         start_folder: Path | None = None,
@@ -93,15 +116,27 @@ class DeltaLlavaTrainer(Trainer):
         self.hub_token = args.hub_token
         args = copy.copy(args)
         args.hub_token = None
+        self.max_length = max_length
+        self.eval_collator = eval_collator
+        self.metric = metric
         self.start_folder = start_folder
         self.settings = settings or {}
         self.card = card or {}
-        self.train_sampler: TrainingSampler | None = None
-        self.skipped: Counter[str] = Counter()
+        self.grouped_sampler: GroupedSampler | None = None
+        self.skipped: set[str] = set()
+        self._told: set[str] = set()
         self._skipped_since_log = 0
         self._tokens = torch.zeros(2, dtype=torch.int64)
         self._staging = False
-        super().__init__(model, args, *others, **kwargs)
+        super().__init__(
+            model,
+            args,
+            *others,
+            # Trainer's own smoothing shifts labels for no class outside transformers.
+            compute_loss_func=self.smoothed_loss if args.label_smoothing_factor else None,
+            compute_metrics=self.evaluation_figures,
+            **kwargs,
+        )
         if self.args.n_gpu > 1:
             raise UserError(
                 f"{self.args.n_gpu} GPUs are visible to one process; start with `accelerate launch` or `torchrun`, or "
@@ -113,23 +148,37 @@ class DeltaLlavaTrainer(Trainer):
         config.trained_num_visual_tokens = sorted(budgets, reverse=True) if budgets else [config.num_visual_tokens]
         logger.info("Trained and frozen parameters:\n%s", describe_parts(count_parts(self.model)))
 
-    # ---- order, budgets, optimizer ----
+    # ---- order, budgets, optimizer, loss ----
+
+    @property
+    def data_seed(self) -> int:
+        return self.args.data_seed if self.args.data_seed is not None else self.args.seed
 
     def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if isinstance(dataset, IterableDataset):
-            return None
-        self.train_sampler = TrainingSampler(
-            len(dataset),
-            batch_size=self._train_batch_size,
-            world_size=self.args.world_size,
-            accumulation=self.args.gradient_accumulation_steps,
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-            lengths=dataset.modality_lengths() if self.args.group_by_modality_length else None,
-            draw_budget=budget_draw(self.args),
-            shuffle=self.args.train_sampling_strategy != "sequential",
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            sampler = self.grouped_sampler = GroupedSampler(step_size, list(sampler.lengths), self.data_seed)
+        return sampler
+
+    def budget_of_step(self, step: int) -> int:
+        """The visual tokens of each picture in an optimizer step (from 0); equal on every rank and after resuming."""
+        if not self.args.visual_token_budgets:
+            return self.model.config.num_visual_tokens
+        draw = random.Random(f"{self.data_seed} {step}")
+        return draw.choices(self.args.visual_token_budgets, self.args.visual_token_budget_weights)[0]
+
+    def smoothed_loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Cross entropy of each next token with `args.label_smoothing_factor` of it spread over the vocabulary."""
+        targets = labels[:, 1:].flatten()
+        total = cross_entropy(
+            outputs["logits"][:, :-1].flatten(0, 1).float(),
+            targets,
+            ignore_index=IGNORED_LABEL,
+            reduction="sum",
+            label_smoothing=self.args.label_smoothing_factor,
         )
-        return self.train_sampler
+        return total / (num_items_in_batch if num_items_in_batch is not None else (targets != IGNORED_LABEL).sum())
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         created = self.optimizer is None
@@ -148,31 +197,130 @@ class DeltaLlavaTrainer(Trainer):
 
     # ---- batches ----
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        inputs = dict(inputs)
-        reasons = inputs.pop(SKIPPED_KEY, [])
-        for problem in reasons:
-            if problem not in self.skipped:
-                logger.warning("left out: %s", problem)
-            self.skipped[problem] += 1
-        self._skipped_since_log += len(reasons)
-        if self.model.training and "attention_mask" in inputs:
-            mask = inputs["attention_mask"]
-            self._tokens = self._tokens.to(mask.device)
-            self._tokens[0] += mask.sum()
-            self._tokens[1] += mask.numel()
-        return super()._prepare_inputs(inputs)
+    def expanded(self, batch: dict[str, Any], num_visual_tokens: int) -> tuple[dict[str, torch.Tensor], list[str]]:
+        """A batch of the collator at a visual-token budget, and what is to be said of its rows without a label."""
+        batch = dict(batch)
+        rows = batch.pop(ROWS_KEY)
+        tokenizer = self.processing_class.tokenizer
+        batch = at_budget(
+            batch, self.processing_class.image_token_id, tokenizer.pad_token_id, num_visual_tokens, self.max_length
+        )
+        learned = (batch["labels"] != IGNORED_LABEL).any(1).tolist()
+        cut = f"nothing to learn within max_length={self.max_length}"
+        left_out = [
+            f"{place}: {problem or cut}"
+            for (place, problem), has_labels in zip(rows, learned, strict=True)
+            if not has_labels
+        ]
+        for message in left_out:
+            if message not in self._told:
+                logger.warning("left out: %s", message)
+        self._told.update(left_out)
+        return batch, left_out
 
-    def get_batch_samples(self, *args, **kwargs):
-        batches, num_items = super().get_batch_samples(*args, **kwargs)
+    def training_batches(self, batches: Iterator[dict], num_visual_tokens: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches of the collator at a budget, their tokens and the rows left out counted."""
+        for batch in batches:
+            batch, left_out = self.expanded(batch, num_visual_tokens)
+            self.skipped.update(left_out)
+            self._skipped_since_log += len(left_out)
+            mask = batch["attention_mask"]
+            self._tokens += torch.tensor([int(mask.sum()), mask.numel()])
+            yield batch
+
+    def get_batch_samples(self, epoch_iterator: Iterator[dict], *args, **kwargs) -> tuple[list, Any]:
+        batches = self.training_batches(epoch_iterator, self.budget_of_step(self.state.global_step))
+        batches, num_items = super().get_batch_samples(batches, *args, **kwargs)
         if torch.is_tensor(num_items):
             # A step in which every row was left out has no labels; its loss is 0 / 1, not 0 / 0.
             num_items = num_items.clamp(min=1)
         return batches, num_items
 
+    # ---- evaluation ----
+
+    def get_eval_dataloader(self, *args, **kwargs) -> torch.utils.data.DataLoader:
+        collator = self.data_collator
+        self.data_collator = self.eval_collator or collator
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = collator
+
+    def prediction_step(self, model, inputs, *args, **kwargs) -> tuple[None, tuple[torch.Tensor, ...], torch.Tensor]:
+        """Figures of each row, which `Trainer` gathers from all ranks: `evaluation_figures` makes one of them all.
+
+        Returns:
+            No loss; the sum of the loss over each row's learned tokens, of shape (rows,), their number (rows,) and the
+            generated tokens (rows, longest), when they are asked for; and the tokens of each row's last answer.
+        """
+        batch, _ = self.expanded(inputs, self.model.config.num_visual_tokens)
+        batch = self._prepare_inputs(batch)
+        labels = batch.pop("labels")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**batch, use_cache=False).logits
+        losses = cross_entropy(
+            logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], ignore_index=IGNORED_LABEL, reduction="none"
+        )
+        figures = (losses.sum(1), (labels[:, 1:] != IGNORED_LABEL).sum(1))
+        if not self.args.predict_with_generate:
+            return None, figures, labels[:, :1]
+        prompts, references = self.last_questions(batch, labels)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            answers = self.model.generate(
+                **prompts, max_new_tokens=self.args.generation_max_new_tokens, do_sample=False
+            )
+        return None, (*figures, answers[:, prompts["input_ids"].shape[1] :]), references
+
+    def last_questions(self, batch: dict, labels: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """What `generate` is asked: each row up to its last answer, padded on the left; and the answers' tokens."""
+        prompts, references = [], []
+        image_token_id = self.processing_class.image_token_id
+        for ids, mask, row_labels in zip(batch["input_ids"], batch["attention_mask"], labels, strict=True):
+            learned = (row_labels != IGNORED_LABEL).nonzero()[:, 0]
+            breaks = (learned.diff() > 1).nonzero()[:, 0]
+            answer = learned[breaks[-1] + 1 :] if len(breaks) else learned
+            asked = (torch.arange(len(ids), device=ids.device) < answer[0]) if len(answer) else (mask == 1)
+            blank = (mask == 0) & (ids == image_token_id)
+            places = torch.cat([blank.nonzero()[:, 0], (asked & (mask == 1)).nonzero()[:, 0]])
+            prompts.append((ids[places], mask[places]))
+            references.append(row_labels[answer])
+        pad_sequence = torch.nn.utils.rnn.pad_sequence
+        input_ids, attention_mask = (
+            pad_sequence(values, batch_first=True, padding_value=padding, padding_side="left")
+            for values, padding in zip(
+                zip(*prompts, strict=True), (self.processing_class.tokenizer.pad_token_id, 0), strict=True
+            )
+        )
+        pictures = {name: batch[name] for name in ("pixel_values", "num_visual_tokens")}
+        references = pad_sequence(references, batch_first=True, padding_value=IGNORED_LABEL)
+        return {"input_ids": input_ids, "attention_mask": attention_mask, **pictures}, references
+
+    def evaluation_figures(self, gathered: EvalPrediction) -> dict[str, float]:
+        """Loss per token, rows left out, and what the metric says of the generated answers, over all rows."""
+        losses, tokens, *generated = gathered.predictions
+        figures = {"loss": float(losses.sum(dtype="float64") / max(tokens.sum(), 1))}
+        if left_out := int((tokens == 0).sum()):
+            figures["skipped_rows"] = left_out
+        if generated:
+            tokenizer = self.processing_class.tokenizer
+            predictions, references = (
+                [
+                    tokenizer.decode(
+                        [token for token in row if token != IGNORED_LABEL], skip_special_tokens=True
+                    ).strip()
+                    for row in rows[tokens > 0]
+                ]
+                for rows in (generated[0], gathered.label_ids)
+            )
+            value = self.metric(predictions, references)
+            figures |= value if isinstance(value, dict) else {self.metric.__name__: value}
+        return figures
+
+    # ---- log ----
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
-            counts = torch.tensor([self._skipped_since_log, *self._tokens.tolist()], dtype=torch.int64)
+            counts = torch.tensor([self._skipped_since_log, *self._tokens.tolist()])
             if self.args.world_size > 1:
                 counts = counts.to(self.args.device)
                 dist.all_reduce(counts)
@@ -188,13 +336,13 @@ class DeltaLlavaTrainer(Trainer):
             self._tokens.zero_()
         super().log(logs, *args, **kwargs)
 
-    def all_skipped(self) -> Counter[str]:
-        """Why rows were left out and how often, on all ranks together; every rank must call it."""
-        counters = [self.skipped]
+    def all_skipped(self) -> set[str]:
+        """The rows that training left out, and why, on all ranks together; every rank must call it."""
+        ranks = [self.skipped]
         if self.args.world_size > 1:
-            counters = [None] * self.args.world_size
-            dist.all_gather_object(counters, self.skipped)
-        return sum(counters, Counter())
+            ranks = [None] * self.args.world_size
+            dist.all_gather_object(ranks, self.skipped)
+        return set().union(*ranks)
 
     # ---- steps ----
 
