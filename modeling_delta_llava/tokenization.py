@@ -6,6 +6,7 @@ in normalised text, and a normaliser puts the dummy space behind it. A prompt th
 tokenises it: the processor, the pipeline, or a server that renders the chat template and tokenises the text itself.
 """
 
+import json
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -161,6 +162,27 @@ def sentencepiece_tokenizer(
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
         **({} if model_max_length is None else {"model_max_length": model_max_length}),
+    )
+
+
+def with_image_token(tokenizer: PreTrainedTokenizerFast, image_token: str, name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer with another name for its image token, whose own name is then text like any other.
+
+    Args:
+        tokenizer: a tokenizer of this package.
+        image_token: the name it has.
+        name: the name it gets: letters, and other characters that regular expressions take as they are.
+    """
+    from tokenizers import Tokenizer
+
+    state = tokenizer.backend_tokenizer.to_str()
+    for written in (_escape(image_token), image_token):  # in the normaliser's patterns, and everywhere else
+        state = state.replace(json.dumps(written)[1:-1], name)
+    special = ("bos_token", "eos_token", "unk_token", "pad_token")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(state),
+        **{kind: getattr(tokenizer, kind) for kind in special},
+        model_max_length=tokenizer.model_max_length,
     )
 
 

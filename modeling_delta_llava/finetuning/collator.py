@@ -124,8 +124,8 @@ class DeltaLlavaCollator:
 def expand(
     ids: torch.Tensor, labels: torch.Tensor, image_token_id: int, num_visual_tokens: int, max_length: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids and labels of one row with each image token `num_visual_tokens` times, cut at `max_length` tokens or before a
-    picture that would not fit whole; and which of its pictures are left, of shape (pictures,)."""
+    """Ids and labels of one row with each image token `num_visual_tokens` times, cut at `max_length` tokens or before
+    a picture that would not fit whole; and which of its pictures are left, of shape (pictures,)."""
     is_image = ids == image_token_id
     widths = torch.where(is_image, num_visual_tokens, 1)
     fits = widths.cumsum(0) <= max_length

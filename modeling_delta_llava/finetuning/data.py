@@ -76,8 +76,8 @@ def load_rows(
         return loaded.add_column(ROW_COLUMN, range(len(loaded)))
     if num_parts > loaded.num_shards:
         raise UserError(
-            f"dataloader_num_workers: {data_path} is streamed from {loaded.num_shards} files, which as many workers can "
-            f"share; set dataloader_num_workers: {loaded.num_shards}"
+            f"dataloader_num_workers: {data_path} is streamed from {loaded.num_shards} files, and no more workers can "
+            f"share them; set dataloader_num_workers: {loaded.num_shards}"
         )
     return loaded.map(lambda row, number: {ROW_COLUMN: number}, with_indices=True).repeat(passes)
 
@@ -172,7 +172,7 @@ def array_rows(path: Path) -> Iterator[tuple[int, bytes]]:
 def streamed_lines(
     path: Path, passes: int | None, parts: list[int], num_parts: int, block_size: int
 ) -> Iterator[dict[str, Any]]:
-    """The lines of a JSONL file, pass after pass: those that some of `num_parts` readers take, a block each in turn."""
+    """The lines of a JSONL file, pass after pass: those of some of `num_parts` readers, who take a block each in turn."""
     number = 0
     for _ in itertools.count() if passes is None else range(passes):
         first = number
@@ -221,8 +221,8 @@ def check_rows(
         num_visual_tokens: tokens of each picture in `LENGTH_COLUMN`.
         look_for_images: whether a picture file that does not exist counts now.
     Returns:
-        The rows to train on, with their lengths in words and visual tokens as `LENGTH_COLUMN`, and one message for each
-        row left out.
+        The rows to train on, with their lengths in words and visual tokens as `LENGTH_COLUMN`, and one message for
+        each row left out.
     Raises:
         UserError: a row cannot be used and is not to be skipped, or no row is left.
     """

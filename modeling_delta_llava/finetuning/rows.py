@@ -1,9 +1,9 @@
 """Rows of a data set, checked and brought into one form: one `Sample` is one conversation with its pictures.
 
-Two layouts are read: LLaVA's (`conversations` of `from` / `value`, `<image>` in the questions, `image` as one name or a
-list of names) and Hugging Face chat rows (`messages` of `role` / `content`, `images` as a list, or pictures inside the
-message parts). Everything that can be known without opening a picture is checked here. A key without content (null, an
-empty text or list) counts as absent; a key with content is known, or named in an error.
+Two layouts are read: LLaVA's (`conversations` of `from` / `value`, `<image>` in the questions, `image` as one name or
+a list of names) and Hugging Face chat rows (`messages` of `role` / `content`, `images` as a list, or pictures inside
+the message parts). Everything that can be known without opening a picture is checked here. A key without content
+(null, an empty text or list) counts as absent; a key with content is known, or named in an error.
 """
 
 from collections.abc import Collection, Mapping

@@ -1,24 +1,21 @@
 """Conversations as token ids and labels, through the chat template's own marks of what the assistant says."""
 
-import json
 import re
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
-
 from delta_llava.errors import UserError, reason
 
 from ..building import read_chat_template
+from ..tokenization import with_image_token
 from .rows import RowError
 
 IGNORED_LABEL = -100
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Setting `format` -> chat template of the package; "template" is the processor's own.
 TEMPLATES = {"v1": "vicuna_v1", "plain": "plain"}
-# What stands for a picture while a conversation is rendered: noncharacters, which no text holds. The image token itself
-# may then be talked about like any other word.
+# What stands for a picture while a conversation is rendered: noncharacters, which no text holds. Then rows may talk
+# about the image token as about any other word.
 PICTURE_MARK = "\ufdd0image\ufdd1"
 
 
@@ -60,7 +57,7 @@ class ConversationEncoder:
                 "--format v1 to train on Vicuna's, or put {% generation %} ... {% endgeneration %} around the "
                 "assistant's text in the chat template of a local copy of the model"
             )
-        self.tokenizer = with_picture_mark(processor.tokenizer, processor.image_token)
+        self.tokenizer = with_image_token(processor.tokenizer, processor.image_token, PICTURE_MARK)
         self._accepted: set[tuple] = set()
 
     def check(self, messages: list[dict[str, Any]]) -> None:
@@ -97,14 +94,3 @@ class ConversationEncoder:
             return self.tokenizer.apply_chat_template(messages, chat_template=self.template, **options)
         except Exception as error:  # a template is a program: it raises what it likes
             raise RowError(f"the chat template cannot show this conversation ({reason(error)})") from None
-
-
-def with_picture_mark(tokenizer: Any, image_token: str) -> PreTrainedTokenizerFast:
-    """The tokenizer with `PICTURE_MARK` in place of its image token: it has the token's id, and the token is text."""
-    written = tokenizer.backend_tokenizer.to_str().replace(json.dumps(image_token)[1:-1], PICTURE_MARK)
-    special = ("bos_token", "eos_token", "unk_token", "pad_token")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(written),
-        **{name: getattr(tokenizer, name) for name in special},
-        model_max_length=tokenizer.model_max_length,
-    )

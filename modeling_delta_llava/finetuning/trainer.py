@@ -64,8 +64,7 @@ class RunCallback(TrainerCallback):
 
 
 class GroupedSampler(LengthGroupedSampler):
-    """Rows of similar length together, in an order that follows from seed and epoch: alike on every rank, and when a run
-    is resumed."""
+    """Rows of similar length together, in an order of seed and epoch alone: alike on every rank and after resuming."""
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int):
         super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
@@ -92,7 +91,7 @@ class DeltaLlavaTrainer(Trainer):
     Args:
         max_length (`int`): tokens after which a row is cut, never inside a picture.
         eval_collator (`Callable`, *optional*): the collator of the evaluation data, when it is another one.
-        metric (`Callable`, *optional*): (predictions, references), two lists of texts, to a number or a dict of numbers.
+        metric (`Callable`, *optional*): (predictions, references), two lists of texts, to a number or a dict of them.
         settings (`dict`, *optional*): the run's settings, stored with every checkpoint.
         card (`dict`, *optional*): facts for the model card that the trainer cannot know, see [`trained_card`].
         start_folder (`Path`, *optional*): where the model was loaded from; frozen weights that the run holds in
@@ -304,13 +303,8 @@ class DeltaLlavaTrainer(Trainer):
         if generated:
             tokenizer = self.processing_class.tokenizer
             predictions, references = (
-                [
-                    tokenizer.decode(
-                        [token for token in row if token != IGNORED_LABEL], skip_special_tokens=True
-                    ).strip()
-                    for row in rows[tokens > 0]
-                ]
-                for rows in (generated[0], gathered.label_ids)
+                tokenizer.batch_decode([row[row != IGNORED_LABEL] for row in rows], skip_special_tokens=True)
+                for rows in (generated[0][tokens > 0], gathered.label_ids[tokens > 0])
             )
             value = self.metric(predictions, references)
             figures |= value if isinstance(value, dict) else {self.metric.__name__: value}

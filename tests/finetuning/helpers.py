@@ -7,23 +7,27 @@ from pathlib import Path
 
 import torch
 import yaml
+from transformers import TrainerCallback
 
 from modeling_delta_llava.finetuning.run import prepare
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-class Recorder:
-    """A collator that remembers the budget of each batch."""
+class BudgetRecorder(TrainerCallback):
+    """Remembers the budget of each optimizer step, as the model was told it."""
 
-    def __init__(self, collator):
-        self.collator = collator
+    def __init__(self, trainer):
         self.budgets = []
+        self._batch = None
+        trainer.model.register_forward_pre_hook(self._look, with_kwargs=True)
+        trainer.add_callback(self)
 
-    def __call__(self, examples):
-        (budget,) = {example.num_visual_tokens for example in examples}
-        self.budgets.append(budget)
-        return self.collator(examples)
+    def _look(self, model, args, kwargs):
+        (self._batch,) = set(kwargs["num_visual_tokens"].tolist())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.budgets.append(self._batch)
 
 
 def trained(arguments):

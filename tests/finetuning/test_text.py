@@ -6,13 +6,15 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from delta_llava.errors import UserError
 from modeling_delta_llava.building import build_processor
+from modeling_delta_llava.finetuning.collator import expand
 from modeling_delta_llava.finetuning.rows import RowError, parse_row
-from modeling_delta_llava.finetuning.text import IGNORED_LABEL, ConversationEncoder, EncodedText, expand
+from modeling_delta_llava.finetuning.text import IGNORED_LABEL, ConversationEncoder
 from modeling_delta_llava.tokenization import sentencepiece_tokenizer
 from tests import tiny
 
@@ -131,16 +133,16 @@ def test_expanded_ids_equal_the_processors(processor):
         }
     ).messages
     encoded = ConversationEncoder(processor).encode(messages)
+    ids, labels = torch.tensor(encoded.input_ids), torch.tensor(encoded.labels)
     for budget in (16, 4, 1):
         expected = processor(
             images=[tiny.picture("red"), tiny.picture("blue")],
             text=processor.apply_chat_template(messages),
             num_visual_tokens=budget,
         )["input_ids"]
-        row = expand(encoded, processor.image_token_id, budget, max_length=10_000)
-        assert row.input_ids == list(expected[0])
-        assert row.num_images == 2
-        assert not row.was_cut
+        expanded, _, kept = expand(ids, labels, processor.image_token_id, budget, max_length=10_000)
+        assert expanded.tolist() == list(expected[0])
+        assert kept.tolist() == [True, True]
 
 
 def test_other_backbones_learn_what_their_template_marks(tmp_path):
@@ -195,6 +197,7 @@ def test_what_a_template_refuses_is_named(processor):
         with pytest.raises(RowError, match=r"cannot show this conversation \(The plain format knows.*not system\)"):
             refuse(bad)
     text_only = types.SimpleNamespace(
+        image_token=processor.image_token,
         tokenizer=processor.tokenizer,
         image_token_id=processor.image_token_id,
         chat_template="{% for m in messages %}{% generation %}{{ '' + m.content }}{% endgeneration %}{% endfor %}",
@@ -224,17 +227,50 @@ def test_a_conversation_like_one_before_is_not_rendered_again(processor, monkeyp
 )
 def test_a_cut_never_leaves_part_of_a_picture(kinds, budget, max_length):
     image_id = 99
-    text = EncodedText([image_id if is_image else 7 for is_image in kinds], [7] * len(kinds))
-    row = expand(text, image_id, budget, max_length)
-    whole = expand(text, image_id, budget, 10**9)
-    assert len(row.input_ids) <= max_length
-    assert row.input_ids == whole.input_ids[: len(row.input_ids)]
-    assert row.input_ids.count(image_id) == row.num_images * budget
-    assert len(row.labels) == len(row.input_ids)
-    assert row.was_cut == (len(whole.input_ids) > max_length)
-    if row.was_cut:
-        following = whole.input_ids[len(row.input_ids)]
-        assert len(row.input_ids) + (budget if following == image_id else 1) > max_length
+    text = torch.tensor([image_id if is_image else 7 for is_image in kinds], dtype=torch.int64)
+    ids, labels, kept = expand(text, text, image_id, budget, max_length)
+    whole, _, every = expand(text, text, image_id, budget, 10**9)
+    assert len(ids) == len(labels) <= max_length
+    assert ids.equal(whole[: len(ids)])
+    assert (ids == image_id).sum() == kept.sum() * budget
+    assert every.all()
+    assert len(kept) == len(every) == sum(kinds)
+    if len(ids) < len(whole):
+        following = whole[len(ids)]
+        assert len(ids) + (budget if following == image_id else 1) > max_length
+
+
+TALK = "Write <image> where a picture belongs."
+
+
+def encoded_row(processor, row, format):  # noqa: A002 - the setting's name
+    return ConversationEncoder(processor, format).encode(parse_row(row).messages)
+
+
+@pytest.mark.parametrize("turns", [[(TALK, "So <image>?")], [("<image>", "<image>")]], ids=["sentences", "alone"])
+def test_text_about_the_image_token_equals_the_released_preprocessing(chat, turns):
+    """Without a picture the released code tokenises the whole text at once, the tag included."""
+    processor, chunk = chat
+    row = {
+        "conversations": [
+            {"from": who, "value": value} for turn in turns for who, value in zip(("human", "gpt"), turn, strict=True)
+        ]
+    }
+    text = SYSTEM + " " + "".join(f"USER: {question} ASSISTANT: {answer}</s>" for question, answer in turns)
+    encoded = encoded_row(processor, row, "v1")
+    assert encoded.input_ids == [1, *chunk(text)]
+    assert processor.image_token_id not in encoded.input_ids
+
+
+def test_an_answer_may_talk_about_the_image_token_beside_a_picture(processor):
+    row = {
+        "image": "a.png",
+        "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": TALK}],
+    }
+    encoded = encoded_row(processor, row, "template")
+    assert encoded.input_ids.count(processor.image_token_id) == 1
+    learned = [label for label in encoded.labels if label != IGNORED_LABEL]
+    assert processor.tokenizer.decode(learned, skip_special_tokens=True).strip() == TALK
 
 
 REFERENCE = os.environ.get("DELTA_LLAVA_REFERENCE")

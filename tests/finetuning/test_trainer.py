@@ -13,13 +13,14 @@ import torch
 from delta_llava.errors import UserError
 from modeling_delta_llava.finetuning.checkpoints import UNFINISHED_FOLDER, last_finished_checkpoint
 from modeling_delta_llava.finetuning.parts import PROJECTOR, VISION_TOWER, count_parts, part_of
+from modeling_delta_llava.finetuning.metrics import exact_match, load_metric
 from modeling_delta_llava.finetuning.run import prepare, run
-from modeling_delta_llava.finetuning.samplers import BudgetDraw
+from modeling_delta_llava.finetuning.trainer import GroupedSampler
 from modeling_delta_llava.modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from modeling_delta_llava.processing_delta_llava import DeltaLlavaProcessor
 from tests import tiny
 from tests.finetuning.conftest import write_data
-from tests.finetuning.helpers import Recorder, assert_same_weights, losses, trained, weights, write_config
+from tests.finetuning.helpers import BudgetRecorder, assert_same_weights, losses, trained, weights, write_config
 from tests.training_layout import TrainingLayout, write_base_model, write_tower
 
 
@@ -102,7 +103,9 @@ def test_one_step_equals_a_plain_loop(arguments, data_folder, exact_folder):
         torch.testing.assert_close(value[clear], expected_weights[name][clear], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, {"visual_token_budgets": [16, 4, 1]}, {"group_by_modality_length": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"visual_token_budgets": [16, 4, 1]}, {"train_sampling_strategy": "group_by_length"}]
+)
 def test_batch_of_eight_equals_eight_batches_of_one(arguments, tmp_path, changes):
     whole = trained(arguments(per_device_train_batch_size=8, output_dir=str(tmp_path / "a"), **changes))
     split = trained(
@@ -177,7 +180,10 @@ def test_a_resumed_run_keeps_and_logs_the_rate_of_its_checkpoint(arguments, tmp_
 
 RESUMED = {
     "mid-epoch": (3, {}),
-    "after an epoch, elastic, grouped": (4, {"visual_token_budgets": [16, 4, 1], "group_by_modality_length": True}),
+    "after an epoch, elastic, grouped": (
+        4,
+        {"visual_token_budgets": [16, 4, 1], "train_sampling_strategy": "group_by_length"},
+    ),
     "in the second epoch, accumulated": (
         6,
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "projector_learning_rate": 5e-4},
@@ -300,11 +306,186 @@ def test_every_push_during_training_is_a_whole_model(hub, client, settings, tmp_
     assert not (tmp_path / "run" / UNFINISHED_FOLDER).exists()
 
 
+def test_budgets_follow_their_weights(arguments):
+    trainer, _ = prepare(arguments(visual_token_budgets=[16, 4, 1], visual_token_budget_weights=[6, 3, 1]))
+    drawn = [trainer.budget_of_step(step) for step in range(2000)]
+    assert drawn.count(16) / 2000 == pytest.approx(0.6, abs=0.04)
+    assert drawn.count(4) / 2000 == pytest.approx(0.3, abs=0.04)
+
+
+def test_grouped_rows_have_similar_lengths_and_every_row_comes_once():
+    lengths = torch.randint(5, 400, (512,), generator=torch.Generator().manual_seed(0)).tolist()
+    sampler = GroupedSampler(8, lengths, seed=3)
+    first = list(sampler)
+    assert sorted(first) == list(range(512))
+    assert list(sampler) == first
+    sampler.epoch = 1
+    assert list(sampler) != first
+
+    def padding(order):
+        batches = [order[start : start + 8] for start in range(0, len(order), 8)]
+        padded = sum(max(lengths[index] for index in batch) * len(batch) for batch in batches)
+        return 1 - sum(lengths) / padded
+
+    assert padding(first) < 0.1
+    assert padding(list(range(512))) > 0.3
+
+
+def smoothed_cross_entropy(logits, targets, factor):
+    """`(1 - factor) x` the negative log-probability `+ factor x` its mean over the vocabulary, per learned token."""
+    log_probabilities = logits.log_softmax(-1)[targets != -100]
+    targets = targets[targets != -100]
+    own = -log_probabilities.gather(1, targets[:, None])[:, 0]
+    return ((1 - factor) * own - factor * log_probabilities.mean(1)).mean()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_smoothed_labels_are_those_of_the_next_token(arguments, accumulation):
+    """In Trainer itself only classes that transformers knows get their labels shifted."""
+    changes = {"train_sampling_strategy": "sequential", "max_steps": 1, "label_smoothing_factor": 0.1}
+    trainer, _ = prepare(
+        arguments(**changes, per_device_train_batch_size=4 // accumulation, gradient_accumulation_steps=accumulation)
+    )
+    batch, _ = trainer.expanded(trainer.data_collator([trainer.train_dataset[index] for index in range(4)]), 4)
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        logits = trainer.model(**batch).logits
+    right = smoothed_cross_entropy(logits[:, :-1], labels[:, 1:], 0.1).item()
+    not_shifted = smoothed_cross_entropy(logits, labels, 0.1).item()
+    trainer.train()
+    assert losses(trainer) == pytest.approx([right], rel=1e-5)
+    assert abs(right - not_shifted) > 1e-3
+
+
+def test_noise_on_embeddings_changes_the_training_and_not_the_saved_model(arguments, tmp_path):
+    """`neftune_noise_alpha` finds the language model's embeddings, trains with noise on them, and takes it off again."""
+    plain = trained(arguments(max_steps=1, output_dir=str(tmp_path / "a")))
+    noisy = trained(arguments(max_steps=1, neftune_noise_alpha=20.0, output_dir=str(tmp_path / "b")))
+    assert losses(noisy) != pytest.approx(losses(plain), rel=1e-4)
+    embedding = noisy.model.get_input_embeddings()
+    assert not embedding._forward_hooks
+    ids = torch.tensor([[5, 6]])
+    assert torch.equal(embedding.train()(ids), embedding.weight[ids])
+
+
+def evaluated(arguments, data_folder, **changes):
+    changes = {"eval_strategy": "steps", "eval_steps": 2, "eval_data_path": str(data_folder / "data.json"), **changes}
+    trainer, _ = prepare(arguments(**changes))
+    return trainer, trainer.evaluate()
+
+
 def test_evaluation_runs_through_trainer(arguments, data_folder):
     trainer = trained(arguments(eval_strategy="steps", eval_steps=2, eval_data_path=str(data_folder / "data.json")))
-    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert len(evaluated) == 2
-    assert evaluated[1] < evaluated[0]
+    figures = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(figures) == 2
+    assert figures[1] < figures[0]
+
+
+def test_the_evaluation_loss_is_the_mean_over_tokens_whatever_the_batch(arguments, data_folder, tmp_path):
+    """Rows of different lengths, one without anything to read, one batch without a picture."""
+    rows = json.loads((data_folder / "data.json").read_text())[:7]
+    rows[1]["conversations"][1]["value"] = "A long answer, " * 9
+    rows[5]["image"] = "broken.png"
+    images = shutil.copytree(data_folder / "images", tmp_path / "images")
+    (images / "broken.png").write_text("no picture")
+    (tmp_path / "eval.json").write_text(json.dumps(rows))
+    changes = {
+        "eval_data_path": str(tmp_path / "eval.json"),
+        "eval_image_folder": str(images),
+        "on_broken_image": "skip",
+    }
+    figures = []
+    for size in (1, 2, 7):
+        output_dir = str(tmp_path / str(size))
+        trainer, each = evaluated(
+            arguments, data_folder, per_device_eval_batch_size=size, output_dir=output_dir, **changes
+        )
+        figures.append((each["eval_loss"], each["eval_skipped_rows"]))
+        assert not trainer.skipped
+    total, learned = 0.0, 0
+    for index in (0, 1, 2, 3, 4, 6):
+        batch, _ = trainer.expanded(trainer.eval_collator([trainer.eval_dataset[index]]), 4)
+        count = int((batch["labels"][:, 1:] != -100).sum())
+        with torch.no_grad():
+            total += trainer.model.eval()(**batch).loss.item() * count
+        learned += count
+    assert [loss for loss, _ in figures] == pytest.approx([total / learned] * 3, rel=1e-5)
+    assert [skipped for _, skipped in figures] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_generated_answers_are_those_of_generate(arguments, data_folder, tmp_path, size):
+    """Compared with `generate` on each row's prompt, through a metric of the user's that keeps what it was given."""
+    (tmp_path / "mine.py").write_text(
+        "import json, pathlib\n"
+        "def shorter(predictions, references):\n"
+        f"    pathlib.Path({str(tmp_path / 'seen.json')!r}).write_text(json.dumps([predictions, references]))\n"
+        "    return {'shorter': sum(len(p) < len(r) for p, r in zip(predictions, references)), 'rows': len(predictions)}\n"
+    )
+    trainer, figures = evaluated(
+        arguments,
+        data_folder,
+        per_device_eval_batch_size=size,
+        predict_with_generate=True,
+        generation_max_new_tokens=5,
+        metric=f"{tmp_path / 'mine.py'}:shorter",
+    )
+    assert figures["eval_rows"] == 16
+    predictions, references = json.loads((tmp_path / "seen.json").read_text())
+    processor, model = trainer.processing_class, trainer.model
+    for row, prediction, reference in zip(
+        json.loads((data_folder / "data.json").read_text()), predictions, references, strict=True
+    ):
+        *turns, answer = row["conversations"]
+        assert reference.strip() == answer["value"]
+        names = row.get("image", [])
+        names = [names] if isinstance(names, str) else names
+        messages = [
+            {
+                "role": {"human": "user", "gpt": "assistant"}[turn["from"]],
+                "content": [{"type": "image"}] * turn["value"].count("<image>")
+                + [{"type": "text", "text": turn["value"].replace("<image>", "").strip()}],
+            }
+            for turn in turns
+        ]
+        inputs = processor(
+            text=processor.apply_chat_template(messages, add_generation_prompt=True),
+            images=[data_folder / "images" / name for name in names] or None,
+            return_tensors="pt",
+        )
+        ids = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert prediction == processor.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_exact_match_is_the_share_of_equal_answers():
+    assert exact_match(["Yes ", "no", "A cat"], ["yes", "No.", "a cat"]) == pytest.approx(2 / 3)
+    assert exact_match([], []) == 0
+    for name, words in (
+        ("bleu", "not known"),
+        ("json:nothing", "cannot be loaded"),
+        ("none.py:f", "cannot be loaded"),
+        ("json:__name__", "is no function"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_metric(name)
+
+
+def test_training_stops_early_when_evaluation_does_not_improve(arguments, data_folder):
+    """The loss is asked to rise, so that it never improves on the first evaluation."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    trainer = trained(
+        arguments(
+            **best,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+            eval_data_path=str(data_folder / "data.json"),
+            early_stopping_patience=1,
+        )
+    )
+    assert trainer.state.global_step == 2
+    assert trainer.state.max_steps == 4
 
 
 def test_an_external_logger_gets_every_figure(arguments, tmp_path, monkeypatch):
@@ -368,8 +549,10 @@ def test_skipped_rows_are_counted_in_the_log(arguments, tmp_path):
         )
     )
     assert sum(entry.get("skipped_rows", 0) for entry in trainer.state.log_history) == 4
-    assert len(trainer.skipped) == 2
-    assert set(trainer.skipped.values()) == {2}
+    assert [message.rpartition("/")[2] for message in sorted(trainer.skipped)] == [
+        "0.png: not a picture",
+        "5.png: not a picture",
+    ]
     assert all(torch.isfinite(torch.tensor(loss)) for loss in losses(trainer))
 
 
@@ -415,14 +598,16 @@ def test_a_stream_resumed_in_its_second_pass_equals_uninterrupted(arguments, dat
     runs = []
     for resume in ("auto", "true"):
         trainer, checkpoint = prepare(arguments(**common, resume_from_checkpoint=resume))
-        recorder = trainer.data_collator = Recorder(trainer.data_collator)
+        recorder = BudgetRecorder(trainer)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        runs.append((losses(trainer), recorder.budgets[:6], weights(trainer.model)))
+        runs.append((losses(trainer), recorder.budgets, weights(trainer.model)))
         shutil.rmtree(tmp_path / "run" / "checkpoint-6")
     whole, resumed = runs
     assert len(whole[0]) == 6
     assert resumed[0] == whole[0]
-    assert whole[1] == resumed[1] == [BudgetDraw([16, 4, 1], seed=42)(0, step) for step in range(6)]
+    assert whole[1] == [trainer.budget_of_step(step) for step in range(6)]
+    assert resumed[1] == whole[1][4:]
+    assert len(set(whole[1])) > 1
     assert_same_weights(whole[2], resumed[2], atol=0, rtol=0)
 
 
@@ -540,7 +725,7 @@ def test_missing_pictures_stop_before_the_first_step(arguments, tmp_path):
     file = write_data(tmp_path / "broken")
     (tmp_path / "broken" / "images" / "0.png").unlink()
     changes = {"data_path": str(file), "image_folder": str(tmp_path / "broken" / "images")}
-    with pytest.raises(UserError, match=r"1 image files are missing, such as .*0\.png"):
+    with pytest.raises(UserError, match=r"data\.json: line 2: image .*0\.png: missing.*--image_folder"):
         run(arguments(**changes))
     assert run(arguments(on_broken_image="skip", **changes)).is_dir()
 
@@ -548,7 +733,7 @@ def test_missing_pictures_stop_before_the_first_step(arguments, tmp_path):
 def test_a_broken_picture_in_a_worker_is_one_line(arguments, tmp_path):
     file = write_data(tmp_path / "broken")
     (tmp_path / "broken" / "images" / "0.png").write_text("no picture")
-    with pytest.raises(UserError, match=r"line 2 \(row 0\): image .*0\.png: not a picture") as raised:
+    with pytest.raises(UserError, match=r"line 2: image .*0\.png: not a picture") as raised:
         run(
             arguments(
                 data_path=str(file),

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from modeling_delta_llava.finetuning.arguments import build_arguments
 from modeling_delta_llava.finetuning.run import prepare, run
-from tests.finetuning.helpers import Recorder
+from tests.finetuning.helpers import BudgetRecorder
 
 
 def train(settings, result):
@@ -25,7 +25,7 @@ def train(settings, result):
         deepspeed.init_distributed("gloo")  # on CPUs, ZeRO-3 would otherwise build the model for a world of one
     trainer, checkpoint = prepare(arguments)
     assert dist.get_world_size() == trainer.args.world_size == 2
-    recorder = trainer.data_collator = Recorder(trainer.data_collator)
+    recorder = BudgetRecorder(trainer)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model()
     ranks = [None, None]
@@ -59,10 +59,10 @@ def shard(settings, result):
     fully_shard(model, mesh=mesh)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     optimizer = torch.optim.AdamW([item for item in model.parameters() if item.requires_grad], lr=1e-3, weight_decay=0)
-    examples = [trainer.train_dataset[index] for index in range(8)]
-    batch = trainer.data_collator(examples[dist.get_rank() :: 2])
-    batch.pop("skipped_rows")
-    learned = torch.tensor(sum(label != -100 for example in examples for label in example.text.labels[1:]))
+    rows = [trainer.train_dataset[index] for index in range(8)]
+    batch, _ = trainer.expanded(trainer.data_collator(rows[dist.get_rank() :: 2]), model.config.num_visual_tokens)
+    learned = (batch["labels"][:, 1:] != -100).sum()
+    dist.all_reduce(learned)
     # FSDP averages gradients over ranks: twice a rank's share of the sum is the mean over all tokens.
     loss = model(**batch, num_items_in_batch=learned / 2).loss
     loss.backward()
