@@ -8,7 +8,7 @@ weights, drawn pictures and drawn text. Columns, in the shape of Table 4 of the 
   input images/s   pictures that one core opens, pads or crops, normalises and batches with their text per second
   input / step     how many times faster one core prepares rows than the device trains on them (above 1: it keeps up)
 
-The share of padding tokens is counted over an epoch of the same rows, shuffled and grouped by modality and length.
+The share of padding tokens is counted over an epoch of the same rows, shuffled and grouped by length.
 The geometry is reduced (a 24 x 24 grid as in the released model, but a narrow tower and language model): compare rows
 and columns with each other, not with the paper.
 """
@@ -33,6 +33,7 @@ from transformers import GenerationConfig, TrainerCallback
 from modeling_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from modeling_delta_llava.building import build_processor, read_chat_template
 from modeling_delta_llava.finetuning.arguments import CONFIG_FOLDER, build_arguments, read_settings
+from modeling_delta_llava.finetuning.data import row_of
 from modeling_delta_llava.finetuning.run import prepare
 from modeling_delta_llava.finetuning.trainer import DeltaLlavaTrainer
 
@@ -159,7 +160,7 @@ def measure_stage(arguments: argparse.Namespace, folder: Path, stage: str, budge
 def measure_input(trainer: DeltaLlavaTrainer, batch_size: int, batches: int = 8) -> float:
     """Pictures that this thread opens and collates with their text per second: the median over batches."""
     dataset = trainer.train_dataset
-    with_picture = [index for index, length in enumerate(dataset.modality_lengths()) if length > 0]
+    with_picture = [index for index, row in enumerate(dataset) if row_of(row).get("image")]
     seconds = []
     for begin in range(0, (1 + batches) * batch_size, batch_size):
         began = time.perf_counter()
@@ -171,13 +172,12 @@ def measure_input(trainer: DeltaLlavaTrainer, batch_size: int, batches: int = 8)
 def count_padding(arguments: argparse.Namespace, folder: Path) -> dict[int, dict[str, float]]:
     """Share of padding tokens over one epoch, by budget and by how rows are put together."""
     shares: dict[int, dict[str, float]] = {budget: {} for budget in arguments.budgets}
-    for name, grouped in (("shuffled", False), ("grouped", True)):
+    for name, strategy in (("shuffled", "random"), ("grouped", "group_by_length")):
         settings = run_settings(arguments, folder, "stage2", arguments.budgets[0])
-        trainer, _ = prepare(build_arguments(settings | {"group_by_modality_length": grouped}))
-        dataset, image_token_id = trainer.train_dataset, trainer.model.config.image_token_id
-        encoded = [dataset.encoder.encode(dataset.rows.sample(index).messages) for index in range(len(dataset))]
-        order = [drawn.index for drawn in trainer._get_train_sampler()]
-        batches = [order[begin:][: arguments.batch_size] for begin in range(0, len(order), arguments.batch_size)]
+        trainer, _ = prepare(build_arguments(settings | {"train_sampling_strategy": strategy}))
+        image_token_id = trainer.model.config.image_token_id
+        encoded = [trainer.data_collator.read(row)[1] for row in trainer.train_dataset]
+        batches = list(trainer.get_train_dataloader().batch_sampler)
         for budget in arguments.budgets:
             lengths = [len(text.input_ids) + (budget - 1) * text.input_ids.count(image_token_id) for text in encoded]
             places = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)

@@ -1,14 +1,12 @@
 """What `--check-data` foretells."""
 
 import json
-import time
 
 import pytest
 
 from modeling_delta_llava.finetuning.check_data import check_data, weight_bytes
 from modeling_delta_llava.finetuning.run import prepare
 from modeling_delta_llava.finetuning.start import read_start
-from modeling_delta_llava.finetuning.text import ConversationEncoder
 
 LORA = {"train_language_model": False, "lora_rank": 16}
 # Gradient and two moments in fp32 beside each trained weight.
@@ -53,22 +51,6 @@ def test_bf16_halves_what_is_frozen(arguments):
     )
     whole, half = (weight_bytes(config, run.model, bf16) for bf16 in (False, True))
     assert whole - half == 2 * frozen
-
-
-def test_conversations_are_encoded_one_at_a_time(arguments, monkeypatch):
-    """Rows are read by several threads, and a template with assistant marks refuses a second one while it renders."""
-    encode, inside = ConversationEncoder.encode, []
-
-    def slow_encode(self, messages):
-        inside.append(messages)
-        time.sleep(0.005)
-        assert len(inside) == 1, "another thread came in"
-        encoded = encode(self, messages)
-        inside.pop()
-        return encoded
-
-    monkeypatch.setattr(ConversationEncoder, "encode", slow_encode)
-    assert "usable" in check_data(arguments())
 
 
 def test_rows_that_cannot_be_read_or_shown_are_counted(arguments, tmp_path):

@@ -23,7 +23,7 @@ from modeling_delta_llava.finetuning.arguments import (
     ModelArguments,
     build_arguments,
 )
-from modeling_delta_llava.finetuning.rows import parse_row, read_json_rows
+from modeling_delta_llava.finetuning.rows import parse_row
 from modeling_delta_llava.hub_cards import preflight
 from modeling_delta_llava.processing_delta_llava import DeltaLlavaProcessor
 from tests import tiny
@@ -212,7 +212,7 @@ def with_row(row, **settings):
     """Bad data: two good rows and then `row`, on line 3 of a JSONL file."""
 
     def change(folder, workplace):
-        rows = [*read_json_rows(workplace / "data" / "data.json")[:2], row]
+        rows = [*json.loads((workplace / "data" / "data.json").read_text())[:2], row]
         text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
         (folder / "data.jsonl").write_text(text)
         return {"data_path": str(folder / "data.jsonl"), **settings}
@@ -272,9 +272,9 @@ ASKED, ANSWERED = ("human", "What?"), ("gpt", "A cat.")
 SHOWN = ("human", "<image>\nWhat?")
 BAD_INPUTS = {
     "missing JSON": ({"data_path": "none.json"}, "none.json: no such data file"),
-    "no JSON": (with_row("{oops"), "data.jsonl: line 3 is no JSON"),
-    "malformed row": (with_row({"image": "0.png"}), r"data.jsonl: line 3 \(row 2\): neither `conversations`"),
-    "empty conversation": (with_row({"conversations": []}), "line 3 .*`conversations` is empty"),
+    "no JSON": (with_row("{oops"), "data.jsonl: line 3: no JSON"),
+    "malformed row": (with_row({"image": "0.png"}), r"data.jsonl: line 3: neither `conversations`"),
+    "empty conversation": (with_row({"conversations": []}), "line 3: `conversations` is empty"),
     "roles out of order": (
         with_row({"conversations": turns(ASKED, ASKED, ANSWERED)}),
         "line 3 .*roles out of order: turn 2 is user, expected assistant",
@@ -287,14 +287,17 @@ BAD_INPUTS = {
         with_row({"image": "0.png", "conversations": turns(ASKED, ANSWERED)}),
         "line 3 .*0 <image> but the row lists 1 images",
     ),
-    "missing picture": (with_picture(lambda file: file.unlink()), r"1 image files are missing, such as .*0\.png"),
+    "missing picture": (
+        with_picture(lambda file: file.unlink()),
+        r"line 2: image .*0\.png: missing, or no file.*--image_folder",
+    ),
     "truncated picture": (
         with_picture(lambda file: file.write_bytes(file.read_bytes()[:60])),
-        r"line 2 \(row 0\): image .*0\.png: cannot be decoded",
+        r"line 2: image .*0\.png: cannot be decoded",
     ),
     "huge picture": (
         with_picture(lambda file: tiny.picture("red", (200, 100)).save(file)),
-        r"line 2 \(row 0\): image .*0\.png: 200 x 100 is over the limit of 10,000 pixels",
+        r"line 2: image .*0\.png: 200 x 100 is over the limit of 10,000 pixels",
     ),
     "no pad token": (with_model("tokenizer_config.json", without_pad_token), "the tokenizer has no pad token"),
     "no assistant marks": (
@@ -328,11 +331,11 @@ BAD_INPUTS = {
     "unknown setting": ({"learning_rat": 1}, "did you mean learning_rate"),
     "a turn that the format cannot show": (
         with_row({"conversations": turns(("system", "Be brief."), ASKED, ANSWERED)}, format="plain"),
-        r"line 3 \(row 2\): the chat template cannot show this conversation .*not system.*--on_bad_row skip",
+        r"line 3: the chat template cannot show this conversation .*not system.*--on_bad_row skip",
     ),
     "several workers for a stream of `datasets`": (
         with_parquet(streaming=True, dataloader_num_workers=4),
-        r"chat.parquet is streamed by `datasets`.*set dataloader_num_workers: 1",
+        r"chat.parquet is streamed from 1 files.*set dataloader_num_workers: 1",
     ),
     "another kind of model": (
         with_model("config.json", lambda text: json.dumps({"model_type": "llama"})),
@@ -410,7 +413,7 @@ def inference_length(folder, row):
 
 def test_check_data_reports_everything(workplace, tmp_path, capsys):
     shutil.copytree(workplace / "data", tmp_path / "data")
-    rows = read_json_rows(tmp_path / "data" / "data.json")
+    rows = json.loads((tmp_path / "data" / "data.json").read_text())
     (tmp_path / "data" / "images" / rows[0]["image"]).unlink()
     (tmp_path / "data" / "images" / rows[1]["image"]).write_text("no picture")
     rows += [

@@ -14,7 +14,7 @@ from tests.training_layout import TrainingLayout, write_base_model, write_tower
 
 ELASTIC = {
     "visual_token_budgets": [16, 4, 1],
-    "group_by_modality_length": True,
+    "train_sampling_strategy": "group_by_length",
     "gradient_accumulation_steps": 2,
     "num_train_epochs": 2,
     "projector_learning_rate": 5e-4,
