@@ -172,7 +172,7 @@ def array_rows(path: Path) -> Iterator[tuple[int, bytes]]:
 def streamed_lines(
     path: Path, passes: int | None, parts: list[int], num_parts: int, block_size: int
 ) -> Iterator[dict[str, Any]]:
-    """The lines of a JSONL file, pass after pass: those of some of `num_parts` readers, who take a block each in turn."""
+    """The lines of a JSONL file, pass after pass, for some of `num_parts` readers, who take a block each in turn."""
     number = 0
     for _ in itertools.count() if passes is None else range(passes):
         first = number

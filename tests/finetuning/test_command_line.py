@@ -277,15 +277,15 @@ BAD_INPUTS = {
     "empty conversation": (with_row({"conversations": []}), "line 3: `conversations` is empty"),
     "roles out of order": (
         with_row({"conversations": turns(ASKED, ASKED, ANSWERED)}),
-        "line 3 .*roles out of order: turn 2 is user, expected assistant",
+        "line 3: .*roles out of order: turn 2 is user, expected assistant",
     ),
     "more marks than pictures": (
         with_row({"image": "0.png", "conversations": turns(("human", "<image><image>?"), ANSWERED)}),
-        "line 3 .*2 <image> but the row lists 1 images",
+        "line 3: .*2 <image> but the row lists 1 images",
     ),
     "picture without mark": (
         with_row({"image": "0.png", "conversations": turns(ASKED, ANSWERED)}),
-        "line 3 .*0 <image> but the row lists 1 images",
+        "line 3: .*0 <image> but the row lists 1 images",
     ),
     "missing picture": (
         with_picture(lambda file: file.unlink()),
