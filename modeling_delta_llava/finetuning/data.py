@@ -11,14 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
-import pyarrow as pa
-
 from delta_llava.errors import UserError, reason, told
 
 from ..json_files import unique_keys
 from .pictures import BrokenImageError, MissingImageError, image_name, is_missing, picture_file
 from .rows import RowError, parse_row
+
+try:
+    import datasets
+    import pyarrow as pa
+except ImportError:
+    raise UserError("finetuning needs the `datasets` package; pip install 'delta-llava[finetuning]'") from None
 
 JSON_COLUMN, LINE_COLUMN, ROW_COLUMN = "json", "line", "row_number"
 # What rows are grouped by, see `check_rows`.

@@ -3,8 +3,8 @@
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
-import datasets
 import torch
 import transformers
 
@@ -123,7 +123,7 @@ def model_folder(arguments: RunArguments) -> Path:
 
 def open_dataset(
     arguments: RunArguments, collator: DeltaLlavaCollator, num_visual_tokens: int, evaluation: bool = False
-) -> datasets.Dataset | datasets.IterableDataset:
+) -> Any:
     """The training (or evaluation) data, its rows checked and its picture files looked for.
 
     Raises:
@@ -136,8 +136,8 @@ def open_dataset(
         block_size = training.per_device_train_batch_size * training.world_size
         num_parts = max(1, training.dataloader_num_workers)
         rows = load_rows(data.data_path, data.split, data.streaming, num_parts, block_size)
-    if isinstance(rows, datasets.IterableDataset):
-        return rows
+        if data.streaming:
+            return rows
     rows, left_out = check_rows(rows, collator, num_visual_tokens, data.look_for_images)
     for message in left_out if training.process_index == 0 else ():
         logger.warning("left out: %s", message)

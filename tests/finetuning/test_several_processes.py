@@ -42,8 +42,8 @@ def plain_step(arguments):
     """Loss and weights of one process after a step on the first eight rows."""
     trainer, _ = prepare(arguments)
     model = trainer.model.train()
-    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(8)])
-    batch.pop("skipped_rows")
+    rows = [trainer.train_dataset[index] for index in range(8)]
+    batch, _ = trainer.expanded(trainer.data_collator(rows), model.config.num_visual_tokens)
     loss = model(**batch).loss
     loss.backward()
     trained_weights = [item for item in model.parameters() if item.requires_grad]
