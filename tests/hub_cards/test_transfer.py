@@ -122,6 +122,14 @@ def test_signatures_of_addresses_are_not_printed(hub, folder, publish):
     assert "secret" not in process.stderr
 
 
+def test_an_answer_that_drips_has_an_end(hub, folder, publish, monkeypatch):
+    monkeypatch.setattr(hub_access, "SILENCE", 0.5)
+    hub.fail("GET /api/", "drip", times=99, seconds=0.01)
+    begin = time.monotonic()
+    assert_one_line(publish(folder), "no connection to the Hub (the answer comes at less than 1000 bytes per second)")
+    assert time.monotonic() - begin < 20
+
+
 def test_stale_shards_and_code_are_removed_other_files_kept(hub, folder, publish):
     report_of(publish(folder))
     hub.add_text(hub.repos[REPO], "assets/photo.txt", "somebody's picture")
