@@ -96,7 +96,6 @@ class Card(NewFolder):
         super().__init__("card")
         self.model = model
         write_card(model, repo_id="you/older", licence="mit")
-        (model / "LICENSE").unlink()  # of the older licence: kept if it is there
         self.before = content(model)
 
     def prepare(self, output: Path) -> None:
