@@ -161,8 +161,8 @@ def forked(command: NewFolder, output: Path, host: str, seconds: float | None) -
         status = 1
         try:
             os.getpid, socket.gethostname = lambda: 4242, lambda: host
-            for stream in (1, 2) if seconds is not None else (1,):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(os.open(output.parent.parent / "stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
             status = command.run(output)
         finally:
             os._exit(status)
@@ -220,7 +220,8 @@ def kill_at_many_moments(command: NewFolder, work: Path, points: int) -> tuple[i
             beside = [path.name for path in output.parent.iterdir()]
             assert beside == ["output"], f"left beside OUTPUT: {beside}"
         except AssertionError as error:
-            raise SystemExit(f"{where}: {error}") from error
+            printed = (work / "stderr.txt").read_text()[-2000:]
+            raise SystemExit(f"{where}: {error}\nThe last run printed:\n{printed}") from error
     return killed, whole
 
 

@@ -251,7 +251,7 @@ def test_403_on_commit_leaves_nothing_behind(hub, folder, publish):
 
 def test_404_while_uploading(hub, folder, publish):
     hub.fail(r"/preupload/", status=404, times=9, headers={"X-Error-Code": "RepoNotFound"})
-    assert_one_line(publish(folder), "not found (404", "check the name")
+    assert_one_line(publish(folder), "no such repository, or it is private (404)", "check the name")
 
 
 def test_409_when_the_repository_exists(hub, folder, publish):
@@ -386,7 +386,7 @@ def test_connection_cut_in_the_middle_of_a_shard(hub, folder, publish):
 def test_connection_cut_in_the_middle_of_every_shard_unwraps_the_cause(hub, folder, publish):
     hub.fail(PUT, "cut", at=300_000, times=999)
     before = local_files(folder)
-    line = assert_one_line(publish(folder), "no connection to the Hub", "what it holds is not resent")
+    line = assert_one_line(publish(folder), "no connection to the Hub", "what is there already is not sent again")
     assert "Error while uploading" not in line, "the client's wrapper is not the reason"
     assert commits(hub) == ["initial commit"]
     assert local_files(folder) == before
