@@ -42,14 +42,12 @@ class Result:
 
     Attributes:
         seconds: of copying the weights alone.
-        nonfinite: values that are NaN or infinite, by tensor, when they were allowed.
     """
 
     output: Path
     files: list[Path]
     nbytes: int
     seconds: float
-    nonfinite: dict[str, int]
 
 
 def convert(
@@ -109,7 +107,7 @@ def convert(
     for name, count in nonfinite.items():
         say(f"warning: {name} holds {count} values that are NaN or infinite")
     files = sorted(path for path in output.rglob("*") if path.is_file())
-    return Result(output, files, found.nbytes, seconds, nonfinite)
+    return Result(output, files, found.nbytes, seconds)
 
 
 def file_names(found: Assembly) -> Weights:
