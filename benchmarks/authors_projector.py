@@ -1,53 +1,55 @@
-"""The authors' own projector class with the weights of a `DeltaLlavaProjector`, for `projector.py --authors`.
+"""The released computation with the weights of a `DeltaLlavaProjector`: the baselines of `projector.py`.
 
-The class is imported from a checkout of github.com/mzamini92/Delta-LLaVA; none of their code is in this repository. It
-imports `einops` and, for stochastic depth, `timm`.
+`ReleasedProjector` is our rendering of it, which the tests of the conversion use too. `AuthorsProjector` is the
+authors' own class, for `projector.py --authors`: it is imported from a checkout of github.com/mzamini92/Delta-LLaVA;
+none of their code is in this repository. It imports `einops` and, for stochastic depth, `timm`.
 """
 
 import importlib.util
-import re
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import nn
 
+from modeling_delta_llava.conversion.tables import DELTA_ROWS, PROJECTOR, TRAINED_PROJECTOR, backwards, new_name
+from modeling_delta_llava.conversion.weights import with_parts_joined
 from modeling_delta_llava.projector_delta_llava import DeltaLlavaProjector
+from tests.conversion.reference import delta_projector, sincos_table
 
 BUILDER = Path("llava", "model", "multimodal_projector", "builder.py")
-# Names of our parameters and of theirs, a pattern for each part.
-NAMES = (
-    (r"(query|key|value)_projection\.base\.", r"\1_proj_1.shared_weight."),
-    (r"(query|key|value)_projection\.delta_u", r"\1_proj_1.U"),
-    (r"(query|key|value)_projection\.delta_v", r"\1_proj_1.V"),
-    (r"(query|key|value)_projection\.norm\.", r"\1_proj_1.norm."),
-    (r"cross_attention\.out_proj\.", "clip_attn.out_proj."),
-    (r"linear_1\.", "mlp.0."),
-    (r"linear_2\.", "mlp.2."),
-    (r"query_block\.input_proj\.", "combined_block.ntb.patch_embed.conv."),
-    (r"query_block\.attention_norm\.", "combined_block.ntb.norm_mhsa."),
-    (r"query_block\.attention\.out_proj\.", "combined_block.ntb.e_mhsa.proj."),
-    (r"query_block\.attention\.([qkv])_proj\.", r"combined_block.ntb.e_mhsa.\1."),
-    (r"query_block\.attention\.norm\.", "combined_block.ntb.e_mhsa.norm."),
-    (r"query_block\.local_proj\.", "combined_block.ntb.projection.conv."),
-    (r"query_block\.local_mixer\.conv\.", "combined_block.ntb.mhca.group_conv3x3."),
-    (r"query_block\.local_mixer\.norm\.", "combined_block.ntb.mhca.norm."),
-    (r"query_block\.local_mixer\.out_proj\.", "combined_block.ntb.mhca.projection."),
-    (r"query_block\.mlp\.fc([12])\.", r"combined_block.ntb.mlp.conv\1."),
-)
 
 
 def their_weights(projector: DeltaLlavaProjector) -> dict[str, torch.Tensor]:
-    """The projector's weights under their names; 1x1 convolutions still are matrices."""
-    ours = projector.state_dict()
-    weights = {
-        f"clip_attn.in_proj_{kind}": torch.cat([ours.pop(f"cross_attention.{part}_proj.{kind}") for part in "qkv"])
-        for kind in ("weight", "bias")
-    }
-    for name, tensor in ours.items():
-        pattern, theirs = next(row for row in NAMES if re.match(row[0], name))
-        name = re.sub(pattern, theirs, name)
-        weights[re.sub(r"^(query|key|value)_", lambda match: f"{match[1][0]}_", name)] = tensor
-    return weights
+    """The projector's weights under their names and in their shapes."""
+    ours = with_parts_joined({f"{PROJECTOR}{name}": tensor for name, tensor in projector.state_dict().items()})
+    table = backwards(DELTA_ROWS)
+    return {new_name(name, table).removeprefix(TRAINED_PROJECTOR): tensor for name, tensor in ours.items()}
+
+
+class ReleasedProjector(nn.Module):
+    """The released computation in our own words, with a projector's weights.
+
+    Args:
+        projector: source of the weights; its geometry must be the released one.
+    """
+
+    def __init__(self, projector: DeltaLlavaProjector):
+        super().__init__()
+        self.weights = their_weights(projector)
+        self.heads = projector.cross_attention.num_heads
+        self.head_dim = projector.query_block.attention.head_dim
+        base = projector.query_projection.base
+        table = sincos_table(base.in_features, projector.source_grid_size)
+        self.positions = table.to(base.weight)
+
+    def forward(self, query_features: torch.Tensor, memory_features: torch.Tensor, scale: int) -> torch.Tensor:
+        """Arguments and result as those of `DeltaLlavaProjector.forward`."""
+        return delta_projector(
+            self.weights, query_features, memory_features, scale, self.heads, self.head_dim, self.positions
+        )
 
 
 class AuthorsProjector(nn.Module):
@@ -68,9 +70,7 @@ class AuthorsProjector(nn.Module):
         self.of_scale = nn.ModuleDict()
         for scale in scales:
             theirs = builder.Delta_LLaVA(scale, hidden_size=len(last)).to(last)
-            shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
-            shaped = {name: tensor.reshape(shapes[name]) for name, tensor in weights.items()}
-            theirs.load_state_dict(shaped, assign=True)
+            theirs.load_state_dict(weights, assign=True)
             self.of_scale[str(scale)] = theirs
 
     def forward(self, query_features: torch.Tensor, memory_features: torch.Tensor, scale: int) -> torch.Tensor:

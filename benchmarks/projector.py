@@ -1,6 +1,6 @@
 """The projector at every budget against the released computation, in one process: forward passes in inference.
 
-The released computation is rendered by `released_projector.py`; `--authors` takes the authors' own class instead.
+The released computation is rendered by `tests/conversion/reference.py`; `--authors` takes the authors' own class.
 
 Both have the same weights and take turns; a ratio is the median over rounds of the ratio within a round.
 """
@@ -9,9 +9,8 @@ import copy
 from pathlib import Path
 
 import torch
-from authors_projector import AuthorsProjector
+from authors_projector import AuthorsProjector, ReleasedProjector
 from common import machine, measure, median_ms, parser, print_table, ratio, start, write_result
-from released_projector import ReleasedProjector
 
 from modeling_delta_llava import DeltaLlavaConfig
 from modeling_delta_llava.projector_delta_llava import DeltaLlavaProjector

@@ -11,15 +11,17 @@ from delta_llava.errors import UserError, told
 from modeling_delta_llava.building import MAX_APPENDED_ROWS, load_tokenizer
 from modeling_delta_llava.conversion import configs
 from modeling_delta_llava.conversion.lora import check_adapter_config, low_rank_factors, merged, without_peft
-from modeling_delta_llava.conversion.record import make_record
+from modeling_delta_llava.conversion.record import make_record, read_record
 from modeling_delta_llava.conversion.source import (
     DELTA,
+    FINETUNED,
     FORM_NAMES,
     LORA,
     NON_LORA_FILE,
     PLAIN,
     PROJECTOR_FILE,
     STAGE1,
+    STAGE2,
     Checkpoint,
     Source,
     detect_projector,
@@ -52,8 +54,6 @@ from modeling_delta_llava.json_files import check_files, read_json
 from modeling_delta_llava.sources import file_inside, local_folder
 
 DTYPES = {"keep": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# Dropped tensors up to this size (rotary frequencies, position ids) go into the record, so that export restores them.
-RECORDED_BYTES = 64_000
 # What a LoRA run sets in the configuration of its base model.
 BUDGET_FIELDS = ("num_visual_tokens", "trained_num_visual_tokens")
 
@@ -69,7 +69,7 @@ class Options:
     dtype: str = "keep"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Model:
     """The weights of a model under their names in it, with the configuration that they belong to.
 
@@ -109,7 +109,7 @@ class Assembly:
         processor: a whole processor that the source brings and that is taken over; None: one is built.
         training: the source's configuration as written.
         source_rows: embedding rows before padding.
-        record: what export needs to restore the training layout.
+        record: what export needs to restore the training layout; None where there was none.
     """
 
     form: str
@@ -127,7 +127,7 @@ class Assembly:
     generation_file: Path | None
     training: dict
     source_rows: int
-    record: dict
+    record: dict | None
     notes: list[str]
 
     @property
@@ -180,12 +180,12 @@ def assemble(source: str, options: Options) -> Assembly:
     opened = open_source(local_folder(source, "SOURCE", options.revision), options.form)
     found.opened("SOURCE", opened.folder, opened.weights)
     model = {STAGE1: _stage1_model, LORA: _adapted_model}.get(opened.form, _complete_model)(opened, options, found)
-    vision, preprocessor = _with_tower(model, opened.folder, options, found)
+    model, vision, preprocessor = _with_tower(model, opened.folder, options, found)
     if model.is_ours:
         text = configs.own_part(model.config, "text_config", model.config_path)
     else:
         text = configs.text_config_fields(model.config, model.config_path)
-    tied_head_saved = _drop_tied_head(model, text, found)
+    whole, model = model, _without_tied_head(model, text, found)
     source_rows = vocabulary_rows(model.weights)
     tokenizer, image_token, tokenizer_folder, processor = _tokenizer(
         model, opened.folder, text["model_type"], source_rows, found
@@ -208,14 +208,6 @@ def assemble(source: str, options: Options) -> Assembly:
         weights = {name: replace(weight, dtype=wanted) for name, weight in weights.items()}
     config.dtype = weights[EMBEDDING].dtype
     places = (folder / "generation_config.json" for folder in (opened.folder, tokenizer_folder))
-    restorable = {
-        key: tensor
-        for key in found.dropped
-        if opened.form not in (STAGE1, LORA)
-        and (tensor := opened.weights.tensors.get(key)) is not None
-        and tensor.nbytes <= RECORDED_BYTES
-        and key != HEAD
-    }
     return Assembly(
         form=opened.form,
         projector=model.projector,
@@ -233,17 +225,30 @@ def assemble(source: str, options: Options) -> Assembly:
         generation_file=next((path for path in places if path.is_file()), None),
         training=model.config,
         source_rows=source_rows,
-        record=make_record(
-            form=opened.form,
-            projector=model.projector,
-            training=model.config,
-            vision_tower=options.vision_tower,
-            vocabulary_rows=source_rows,
-            tower_keys=model.tower_keys,
-            tied_head_saved=tied_head_saved,
-            dropped_tensors=restorable,
-        ),
+        record=_record(opened, whole, model, options),
         notes=found.notes,
+    )
+
+
+def _record(opened: Source, whole: Model, model: Model, options: Options) -> dict | None:
+    """What export needs: the record that the source brings, or a new one; None when the source was never converted.
+
+    Args:
+        whole: the model before a tied head was taken out.
+    """
+    if opened.form == FINETUNED:
+        return read_record(opened.folder)
+    if model.is_ours:  # a projector or an adapter on a Hub folder
+        return None
+    return make_record(
+        form=opened.form,
+        projector=model.projector,
+        training=model.config,
+        vision_tower=options.vision_tower,
+        vocabulary_rows=vocabulary_rows(model.weights),
+        tower_keys=model.tower_keys,
+        tied_head_saved=HEAD in whole.weights and HEAD not in model.weights,
+        tensors=opened.weights.tensors if opened.form == STAGE2 else {},
     )
 
 
@@ -314,17 +319,17 @@ def _adapted_model(opened: Source, options: Options, found: _Found) -> Model:
         model = Model(base.weights, kind, opened.config, opened.folder / "config.json")
         table = training_table(kind == PLAIN, tower_form(trained.values()))
     overlay = found.renamed(checkpoint, trained, table, str(opened.folder))
-    model.weights = base.weights | (overlay if base.is_ours else with_parts_split(overlay))
+    weights = base.weights | (overlay if base.is_ours else with_parts_split(overlay))
     found.notes.append(f"{len(factors)} weights get their LoRA update, merged in fp32 and rounded once")
     names, _ = rename(factors, table, where, dropped={})
     for key, (factor_a, factor_b) in factors.items():
         name = names[key]
-        if name not in model.weights:
+        if name not in weights:
             raise UserError(
                 f"{where} adapts {key}, which the base model does not have: is --base-model the right one?"
             )
-        model.weights[name] = merged(model.weights[name], key, factor_a, factor_b, settings, where)
-    return model
+        weights[name] = merged(weights[name], key, factor_a, factor_b, settings, where)
+    return replace(model, weights=weights)
 
 
 def _joined(first: Checkpoint, second: Checkpoint) -> Checkpoint:
@@ -355,9 +360,7 @@ def _model_of(checkpoint: Checkpoint, folder: Path, config: dict, found: _Found)
         kind = detect_projector(keys, str(folder))
     form = tower_form(keys)
     weights = with_parts_split(found.renamed(checkpoint, keys, training_table(kind == PLAIN, form), str(folder)))
-    model = Model(weights, kind, config, path)
-    model.tower_keys = form if model.has_tower else None
-    return model
+    return Model(weights, kind, config, path, form if any(name.startswith(TOWER) for name in weights) else None)
 
 
 def tower_form(keys) -> str:
@@ -368,11 +371,11 @@ def tower_form(keys) -> str:
 # --- tower, vocabulary, tokenizer ------------------------------------------------------------------------------------
 
 
-def _with_tower(model: Model, source: Path, options: Options, found: _Found) -> tuple[dict, dict | None]:
-    """Gives the model its tower; that one's config fields and preprocessor settings."""
+def _with_tower(model: Model, source: Path, options: Options, found: _Found) -> tuple[Model, dict, dict | None]:
+    """The model with its tower; that one's config fields and preprocessor settings."""
     wanted = options.vision_tower
     if wanted is None and model.has_tower and model.is_ours:
-        return configs.own_part(model.config, "vision_config", model.config_path), None
+        return model, configs.own_part(model.config, "vision_config", model.config_path), None
     name = wanted or model.config.get("mm_vision_tower")
     if not isinstance(name, str) or not name:
         raise UserError(f"{model.config_path} names no vision tower and none is inside: pass --vision-tower")
@@ -384,13 +387,13 @@ def _with_tower(model: Model, source: Path, options: Options, found: _Found) -> 
         if known is None or reads_weights:
             raise
         found.notes.append(f"the tower {name} cannot be reached: its published configuration is used")
-        return known, None
+        return model, known, None
     settings_file = folder / "preprocessor_config.json"
     settings = read_json(settings_file) if settings_file.exists() else None
     fields = configs.tower_config_fields(folder)
     if not reads_weights:
         found.opened("--vision-tower", folder)
-        return fields, settings
+        return model, fields, settings
     if model.has_tower:
         found.notes.append(f"--vision-tower {name} replaces the tower inside")
     checkpoint = read_checkpoint(folder)
@@ -400,8 +403,7 @@ def _with_tower(model: Model, source: Path, options: Options, found: _Found) -> 
         checkpoint, keys, TOWER_REPOSITORY_ROWS, f"vision tower {folder}", dropped=TOWER_REPOSITORY_DROPPED
     )
     rest = {key: weight for key, weight in model.weights.items() if not key.startswith(TOWER)}
-    model.weights, model.tower_keys = rest | tower, None
-    return fields, settings
+    return replace(model, weights=rest | tower, tower_keys=None), fields, settings
 
 
 def _tower_folder(name: str, source: Path, config_path: Path, given: bool, weights: bool) -> Path:
@@ -418,11 +420,11 @@ def _tower_folder(name: str, source: Path, config_path: Path, given: bool, weigh
         raise UserError(f"{error} (mm_vision_tower in {config_path}); or pass --vision-tower") from error
 
 
-def _drop_tied_head(model: Model, text: dict, found: _Found) -> bool:
-    """Takes out a head that is tied to the embedding; whether there was one."""
+def _without_tied_head(model: Model, text: dict, found: _Found) -> Model:
+    """The model without a head that is tied to the embedding."""
     head, embedding = model.weights.get(HEAD), model.weights.get(EMBEDDING)
     if head is None or embedding is None or not configs.ties_embeddings(text, model.config_path):
-        return False
+        return model
     same = head.update is None and embedding.update is None and same_values(head.stored, embedding.stored)
     if not same:
         raise UserError(
@@ -430,8 +432,7 @@ def _drop_tied_head(model: Model, text: dict, found: _Found) -> bool:
             "tie_word_embeddings to false there if the head was trained on its own"
         )
     found.dropped[head.key] = "the head is tied to the embedding"
-    model.weights = {name: weight for name, weight in model.weights.items() if name != HEAD}
-    return True
+    return replace(model, weights={name: weight for name, weight in model.weights.items() if name != HEAD})
 
 
 def vocabulary_rows(weights: Weights) -> int:

@@ -27,15 +27,6 @@ _FAMILIES = {
     "qwen3": "qwen3",
     "seed_oss": "seed_oss",
 }
-_ARCHITECTURES = {
-    "llama": "LlavaLlamaForCausalLM",
-    "mistral": "LlavaMistralForCausalLM",
-    "phi3": "LlavaPhi3ForCausalLM",
-    "gemma": "LlavaGemmaForCausalLM",
-    "qwen2": "LlavaQwen2ForCausalLM",
-    "qwen3": "LlavaQwen3ForCausalLM",
-    "seed_oss": "LlavaSeedOssForCausalLM",
-}
 # Configurations of towers that are known by name, for checkpoints that carry the tower's weights and are converted
 # where the Hub cannot be reached.
 RELEASED_TOWER = DEFAULT_VISION_CONFIG | {"hidden_act": "quick_gelu"}
@@ -268,7 +259,7 @@ def training_config_of(config, record: dict | None, vocab_size: int, vision_towe
 
 def _built_training_config(config) -> dict:
     family = config.text_config.model_type
-    if family not in _ARCHITECTURES:
+    if family not in _FAMILIES.values():
         raise UserError(f"the training code has no class for a {family!r} language model: it cannot be exported")
     text = {
         name: value for name, value in config.text_config.to_dict().items() if not _TRAINING_FIELDS.fullmatch(name)
@@ -277,7 +268,7 @@ def _built_training_config(config) -> dict:
     tower = {name: getattr(config.vision_config, name, None) for name in RELEASED_TOWER if name != "model_type"}
     known = tower == {name: value for name, value in RELEASED_TOWER.items() if name != "model_type"}
     return text | {
-        "architectures": [_ARCHITECTURES[family]],
+        "architectures": [f"Llava{family.title().replace('_', '')}ForCausalLM"],
         "model_type": "llava_Phi3" if family == "phi3" else f"llava_{family}",
         "image_aspect_ratio": "pad",
         "mm_hidden_size": config.vision_config.hidden_size,

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from delta_llava.errors import UserError, reason
 from modeling_delta_llava.conversion.assemble import Assembly, Options, assemble
-from modeling_delta_llava.conversion.record import RECORD_FILE, TRAINING_FOLDER, read_record
+from modeling_delta_llava.conversion.record import RECORD_FILE, TRAINING_FOLDER
 from modeling_delta_llava.conversion.source import DELTA, FINETUNED, FORM_NAMES, PLAIN, PROJECTOR_NAMES
 from modeling_delta_llava.conversion.tables import NATIVE_LLAVA_ROWS, PROJECTOR, TOWER, backwards, new_name
 from modeling_delta_llava.conversion.weights import Weights
@@ -42,14 +42,12 @@ class Result:
 
     Attributes:
         seconds: of copying the weights alone.
-        nonfinite: values that are NaN or infinite, by tensor, when they were allowed.
     """
 
     output: Path
     files: list[Path]
     nbytes: int
     seconds: float
-    nonfinite: dict[str, int]
 
 
 def convert(
@@ -109,7 +107,7 @@ def convert(
     for name, count in nonfinite.items():
         say(f"warning: {name} holds {count} values that are NaN or infinite")
     files = sorted(path for path in output.rglob("*") if path.is_file())
-    return Result(output, files, found.nbytes, seconds, nonfinite)
+    return Result(output, files, found.nbytes, seconds)
 
 
 def file_names(found: Assembly) -> Weights:
@@ -202,25 +200,22 @@ def generation_fields(found: Assembly, written: dict) -> dict:
 
 
 def _keep_training_files(found: Assembly, folder: Path) -> None:
-    """What export needs: a training checkpoint's tokenizer, generation config and record, or those kept before."""
-    source = found.folders["SOURCE"]
-    kept = read_record(source) if found.form == FINETUNED else None
-    if kept is not None:
-        record = kept
-        files = [(source, f"{TRAINING_FOLDER}/{name}") for name in (*TOKENIZER_FILES, "generation_config.json")]
-    elif found.form != FINETUNED and found.training.get("model_type") != "delta_llava":
-        record = found.record
+    """What export needs: the record, and the tokenizer and generation config of training, or those kept before."""
+    if found.record is None:
+        return
+    if found.form == FINETUNED:
+        names = (*TOKENIZER_FILES, "generation_config.json")
+        files = [(found.folders["SOURCE"], f"{TRAINING_FOLDER}/{name}") for name in names]
+    else:
         files = [(found.tokenizer_folder, name) for name in TOKENIZER_FILES]
         if found.generation_file is not None:
             files.append((found.generation_file.parent, found.generation_file.name))
-    else:
-        return
     (folder / TRAINING_FOLDER).mkdir()
     for root, name in files:
         if (root / name).is_file():
             path = file_inside(root, name, "SOURCE")
             copy_file(path, folder / TRAINING_FOLDER / path.name)
-    write_json(folder / RECORD_FILE, record)
+    write_json(folder / RECORD_FILE, found.record)
 
 
 def copy_file(source: Path, target: Path) -> None:

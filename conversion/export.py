@@ -96,7 +96,7 @@ def export(
             checkpoint.check_unchanged()
             seconds = time.perf_counter() - started
     files = sorted(path for path in output.iterdir() if path.is_file())
-    return Result(output, files, total, seconds, {})
+    return Result(output, files, total, seconds)
 
 
 def read_hub_config(folder: Path):

@@ -16,6 +16,8 @@ from modeling_delta_llava.sources import file_inside, is_hub_id
 # In the Hub folder: what training wrote beside the weights, as `delta-llava export` puts it back.
 TRAINING_FOLDER = "training"
 RECORD_FILE = f"{TRAINING_FOLDER}/record.json"
+# Rotary frequencies and position ids are smaller.
+RECORDED_BYTES = 64_000
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -35,7 +37,7 @@ def make_record(
     vocabulary_rows: int,
     tower_keys: str | None,
     tied_head_saved: bool,
-    dropped_tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
 ) -> dict:
     """The record of one conversion.
 
@@ -45,7 +47,7 @@ def make_record(
         vocabulary_rows: embedding rows of the source.
         tower_keys: how the source names the tower in it ("old", "flat"); None for no tower.
         tied_head_saved: whether the source holds the head beside the embedding that it is tied to.
-        dropped_tensors: small tensors that conversion leaves out.
+        tensors: those of a whole checkpoint; what conversion leaves out of them is kept up to [`RECORDED_BYTES`].
     """
     training = {name: value for name, value in training.items() if name != "_name_or_path"}
     tower = vision_tower or training.get("mm_vision_tower")
@@ -66,8 +68,8 @@ def make_record(
                 "shape": list(tensor.shape),
                 "base64": base64.b64encode(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()).decode("ascii"),
             }
-            for key, tensor in dropped_tensors.items()
-            if tensor.dtype in names
+            for key, tensor in tensors.items()
+            if is_dropped(key) and tensor.dtype in names and tensor.nbytes <= RECORDED_BYTES
         },
     }
 

@@ -100,7 +100,7 @@ class Checkpoint:
 
 def changed_message(path: Path) -> str:
     """What is said of a file that was written to while it was read."""
-    return f"{path} changed while it was read: nothing was kept; leave the source alone and run again"
+    return f"{path} changed while it was read: nothing was kept; leave it alone and run again"
 
 
 def _identity(path: Path) -> tuple[int, ...]:

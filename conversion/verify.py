@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from delta_llava.errors import UserError, reason
@@ -10,7 +10,7 @@ from modeling_delta_llava.conversion.assemble import Assembly, Options, assemble
 from modeling_delta_llava.conversion.convert import progress_bar, quiet_transformers
 from modeling_delta_llava.conversion.export import read_hub_config, read_hub_weights
 from modeling_delta_llava.conversion.record import read_record
-from modeling_delta_llava.conversion.source import DELTA, PLAIN, available_memory
+from modeling_delta_llava.conversion.source import DELTA, PLAIN, Checkpoint, available_memory
 from modeling_delta_llava.conversion.weights import Weights, same_values
 from modeling_delta_llava.conversion.write import count_nonfinite
 from modeling_delta_llava.folders import format_bytes, holds_model
@@ -32,6 +32,17 @@ class Check:
     detail: str
 
 
+@dataclass
+class _Opened:
+    """A Hub folder, and what the checks have read of it so far."""
+
+    folder: Path
+    config: object = None
+    projector: str = ""
+    weights: Weights = field(default_factory=dict)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+
+
 def verify(
     folder: str | Path,
     against: str | None = None,
@@ -50,7 +61,8 @@ def verify(
         one [`Check`] per row; the folder is good when none has `passed` False.
 
     Raises:
-        UserError: `folder` is no folder or brings code that is not this package's, or the source cannot be read.
+        UserError: `folder` is no folder or brings code that is not this package's, the source cannot be read, or one
+            of them changed meanwhile.
     """
     folder = require_folder(Path(folder), "FOLDER")
     if holds_model(folder):
@@ -66,22 +78,24 @@ def verify(
 
     with quiet_transformers(downloads=progress):
         run("files", lambda: _check_files(folder))
-        if not run("config", lambda: _check_config(folder)):
+        opened = _Opened(folder)
+        if not run("config", lambda: _check_config(opened)):
             return checks
-        config, projector = read_hub_config(folder)
+        config, projector = opened.config, opened.projector
         if projector == DELTA:
             run("code", lambda: _check_code(folder))
         run("generation config", lambda: _check_generation(folder, config))
         run("processor", lambda: _check_processor(folder, config, projector))
-        weights: Weights = {}
-        if run("tensor names and shapes", lambda: _check_names(folder, config, projector, weights)):
+        if run("tensor names and shapes", lambda: _check_names(opened)):
+            weights = opened.weights
             run("finite values", lambda: _check_finite(weights, progress))
             if against is not None:
                 source = assemble(against, options or Options())
                 run("tensors of the source", lambda: _compare_tensors(weights, source, progress))
                 source.check_sources_unchanged()
+            opened.checkpoint.check_unchanged()
         if numbers and passed(checks):
-            needed, free = MEMORY_FACTOR * sum(weight.nbytes for weight in weights.values()), available_memory()
+            needed, free = MEMORY_FACTOR * sum(weight.nbytes for weight in opened.weights.values()), available_memory()
             if needed > free:
                 detail = f"not computed: {format_bytes(needed)} of memory needed, {format_bytes(free)} free"
                 checks.append(Check("numbers", None, detail))
@@ -110,12 +124,12 @@ def _check_files(folder: Path) -> str:
     return f"{count} files"
 
 
-def _check_config(folder: Path) -> str:
+def _check_config(opened: _Opened) -> str:
     from modeling_delta_llava.configuration_delta_llava import AUTO_MAP
 
-    config, projector = read_hub_config(folder)
+    opened.config, opened.projector = config, projector = read_hub_config(opened.folder)
     if projector == DELTA:
-        written = read_json(folder / "config.json").get("auto_map") or {}
+        written = read_json(opened.folder / "config.json").get("auto_map") or {}
         wrong = [name for name, target in AUTO_MAP.items() if written.get(name) != target]
         if wrong:
             raise UserError(f"auto_map lacks or differs in {', '.join(wrong)}")
@@ -176,12 +190,11 @@ def _check_processor(folder: Path, config, projector: str) -> str:
     return f"{count} tokens per picture, image token id {config.image_token_id}"
 
 
-def _check_names(folder: Path, config, projector: str, weights: Weights) -> str:
-    """Fills `weights` with what the folder holds."""
-    weights |= read_hub_weights(folder, config, projector)[0]
-    files = {weight.file for weight in weights.values()}
+def _check_names(opened: _Opened) -> str:
+    opened.weights, opened.checkpoint = read_hub_weights(opened.folder, opened.config, opened.projector)
+    files = {weight.file for weight in opened.weights.values()}
     size = sum(path.stat().st_size for path in files)
-    return f"{len(weights)} tensors in {len(files)} file{'s' * (len(files) != 1)}, {format_bytes(size)}"
+    return f"{len(opened.weights)} tensors in {len(files)} file{'s' * (len(files) != 1)}, {format_bytes(size)}"
 
 
 def _check_finite(weights: Weights, progress: bool) -> str:

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import ModelCard
@@ -31,13 +31,11 @@ class Preflight:
         sources: the file, or the bytes, for each path in the repository.
         files: the same with sizes and hashes.
         pinned: the revision that the card's snippets load, if it is a card of ours.
-        loaded: what the load check reported; empty when it was left out.
     """
 
     sources: dict[str, Path | bytes]
     files: list[FileHash]
     pinned: str | None = None
-    loaded: dict = field(default_factory=dict)
 
 
 def _refuse(folder: Path, problems: Sequence[str], hint: str) -> None:
@@ -141,8 +139,8 @@ def check_card(
     return card, files
 
 
-def check_in_process(folder: Path, load: bool, verify: bool) -> dict:
-    """Verifies and loads the folder in a fresh process, which ends with this one; what was loaded.
+def check_in_process(folder: Path, load: bool, verify: bool) -> None:
+    """Verifies and loads the folder in a fresh process, which ends with this one.
 
     Raises:
         UserError: it does not load, or its weights or its code are not what they should be.
@@ -155,12 +153,10 @@ def check_in_process(folder: Path, load: bool, verify: bool) -> dict:
         lines = process.stdout.read().strip().splitlines() or [""]
         status = process.wait()
     try:
-        result = json.loads(lines[-1])
-        problem = result.get("problem")
-    except (ValueError, AttributeError):
+        problem = json.loads(lines[-1])["problem"]
+    except (ValueError, LookupError, TypeError):
         problem = f"the process that checks it ended with status {status}: {reason(ValueError(lines[-1]))}"
     _refuse(folder, [problem] if problem else [], "see `delta-llava verify`, and convert it again")
-    return result
 
 
 def refresh_code(folder: Path) -> None:
@@ -202,7 +198,7 @@ def preflight(
     check_code(folder)  # loading runs it
     quantized = "quantization_config" in config
     say("quantised weights: verified by loading them" if quantized else "verifying the weights")
-    loaded = check_in_process(folder, load or quantized, not quantized)
+    check_in_process(folder, load or quantized, not quantized)
     say("hashing")
     sources = {**{path: folder / path for path in paths}, **replaced}
-    return Preflight(sources, hash_files(sources), state_of(card).get("revision"), loaded)
+    return Preflight(sources, hash_files(sources), state_of(card).get("revision"))

@@ -1,7 +1,6 @@
 """Quantised repositories: bitsandbytes weights that plain `from_pretrained` loads."""
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from delta_llava.errors import UserError, reason
@@ -63,7 +62,6 @@ def quantize(
     repo_id: str | None = None,
     revision: str = DEFAULT_REVISION,
     device: str = "auto",
-    skip_modules: Sequence[str] = tuple(SKIP_MODULES),
 ) -> Path:
     """Writes a quantised copy of a Hub folder: the language model in 4 (NF4) or 8 bit, all else in 16 bit.
 
@@ -74,7 +72,6 @@ def quantize(
         base_model: Hub id of the unquantised model; by default what the source's card loads in its snippets.
         repo_id, revision: for the snippets of the new card.
         device: "auto", "cpu" or "cuda".
-        skip_modules: module names that stay in 16 bit, matched from the start of the full name.
 
     Returns:
         `output`, which loads with plain `from_pretrained(..., trust_remote_code=True)` on CPU and GPU.
@@ -90,7 +87,7 @@ def quantize(
 
     from modeling_delta_llava import DeltaLlavaForConditionalGeneration
 
-    options = {"llm_int8_skip_modules": list(skip_modules)}
+    options = {"llm_int8_skip_modules": SKIP_MODULES}
     if bits == 4:
         options |= {
             "load_in_4bit": True,

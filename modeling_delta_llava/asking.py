@@ -3,8 +3,6 @@
 import os
 import queue
 import threading
-import time
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,14 +12,6 @@ from .json_files import check_files, check_sizes, read_json
 from .sources import local_folder
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-# Limits of a picture at an address.
-DOWNLOAD_SECONDS, SILENT_SECONDS, MAX_PICTURE_BYTES = 60, 20, 100_000_000
-# All that fetching takes: a redirection to anything but http(s) finds no handler, and the eleventh one is an error.
-HANDLERS = (
-    *(urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler),
-    *(urllib.request.HTTPRedirectHandler, urllib.request.HTTPErrorProcessor, urllib.request.HTTPDefaultErrorHandler),
-    urllib.request.UnknownHandler,
-)
 
 
 def parse_budgets(text: str | None) -> list[int] | None:
@@ -42,11 +32,13 @@ def download(address: str) -> bytes:
     Raises:
         UserError: it cannot be fetched, or not within the limits.
     """
+    from . import processing_delta_llava as processing
+
     answer: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
 
     def fetch() -> None:
         try:
-            answer.put(_fetched(address))
+            answer.put(processing.download_picture(address))
         except Exception as error:
             answer.put(error)
 
@@ -54,28 +46,12 @@ def download(address: str) -> bytes:
     threading.Thread(target=fetch, daemon=True).start()
     with told(f"{printable(address)} cannot be fetched", "save the picture, and give its path"):
         try:
-            content = answer.get(timeout=DOWNLOAD_SECONDS)
+            content = answer.get(timeout=processing.DOWNLOAD_SECONDS)
         except queue.Empty:
-            raise TimeoutError(f"not complete after {DOWNLOAD_SECONDS} seconds") from None
+            raise TimeoutError(f"not complete after {processing.DOWNLOAD_SECONDS} seconds") from None
         if isinstance(content, Exception):
             raise content
     return content
-
-
-def _fetched(address: str) -> bytes:
-    opener = urllib.request.OpenerDirector()
-    for handler in HANDLERS:
-        opener.add_handler(handler())
-    content, end = bytearray(), time.monotonic() + DOWNLOAD_SECONDS
-    request = urllib.request.Request(address, headers={"User-Agent": "delta-llava"})
-    with opener.open(request, timeout=SILENT_SECONDS) as answer:
-        while piece := answer.read1(2**16):
-            content += piece
-            if len(content) > MAX_PICTURE_BYTES:
-                raise ValueError(f"larger than {MAX_PICTURE_BYTES / 1e6:.0f} MB")
-            if time.monotonic() > end:
-                raise TimeoutError("too slow")  # nobody waits for this any more
-    return bytes(content)
 
 
 def open_image(source: str):

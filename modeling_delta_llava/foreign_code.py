@@ -8,6 +8,8 @@ from typing import Any
 
 from delta_llava.errors import UserError
 
+from .json_files import check_file
+
 # Keys that make transformers run code of a folder or of another repository, in whichever JSON file they stand.
 CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate", "trust_remote_code")
 # `from_pretrained` runs what lies in here without any key that names it.
@@ -98,7 +100,12 @@ def _json_files(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> Any:
-    """A JSON file's value; None for a file that is no JSON, which transformers cannot read either."""
+    """A JSON file's value; None for a file that is no JSON, which transformers cannot read either.
+
+    Raises:
+        UserError: it is larger than its name allows, or nested without end.
+    """
+    check_file(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:

@@ -1,12 +1,19 @@
 """The Hub: requests that end in bounded time, trouble that passes outlasted, everything else told in one line."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import TypeVar
 
 from huggingface_hub import HfApi, constants, set_client_factory
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import httpx, parse_ratelimit_headers
 
 from delta_llava.errors import UserError, reason
@@ -14,6 +21,8 @@ from delta_llava.redaction import scrub
 
 SILENCE = 60.0
 """Seconds without a byte, in either direction, after which a request has failed."""
+SLOWEST = 1000.0
+"""Bytes per second that an answer must bring on average, [`SILENCE`] seconds set aside."""
 LONGEST_WAIT = 60.0
 """Longest pause in seconds that the Hub can ask for."""
 ATTEMPTS = 4
@@ -30,7 +39,8 @@ class LongWaitError(RuntimeError):
 
 
 def hub_api() -> HfApi:
-    """huggingface_hub's client. From now on, this process's requests end after [`SILENCE`] seconds without a byte.
+    """huggingface_hub's client. From now on, this process's requests end after [`SILENCE`] seconds without a byte, and
+    when the answer drips ([`SLOWEST`]).
 
     The client's own repetitions obey `Retry-After` whatever it says: more than [`LONGEST_WAIT`] is an error now.
     """
@@ -39,7 +49,7 @@ def hub_api() -> HfApi:
 
 
 def _client() -> httpx.Client:
-    hooks = {"request": [_limit_silence], "response": [_refuse_long_wait]}
+    hooks = {"request": [_limit_silence], "response": [_refuse_long_wait, _limit_time]}
     return httpx.Client(event_hooks=hooks, follow_redirects=True)
 
 
@@ -54,6 +64,28 @@ def _refuse_long_wait(response: httpx.Response) -> None:
     wait = retry_after(response) if response.status_code in TRANSIENT else None
     if wait is not None and wait > LONGEST_WAIT:
         raise LongWaitError(f"the Hub asks to wait for {wait:.0f} s: run the same command again then")
+
+
+def _limit_time(response: httpx.Response) -> None:
+    response.stream = _SteadyStream(response.stream)
+
+
+class _SteadyStream(httpx.SyncByteStream):
+    """The bytes of an answer, and an error when they come slower than [`SLOWEST`]."""
+
+    def __init__(self, stream: httpx.SyncByteStream):
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[bytes]:
+        started, size = time.monotonic(), 0
+        for piece in self.stream:
+            size += len(piece)
+            if time.monotonic() - started > SILENCE + size / SLOWEST:
+                raise httpx.ReadTimeout(f"the answer comes at less than {SLOWEST:.0f} bytes per second")
+            yield piece
+
+    def close(self) -> None:
+        self.stream.close()
 
 
 def retry_after(response: httpx.Response | None) -> float | None:
@@ -151,18 +183,24 @@ def one_line(error: BaseException, doing: str, repo_id: str) -> str:
     Args:
         error: as raised by huggingface_hub.
         doing: the step, as in "creating the repository".
-        repo_id: namespace/name on the Hub.
+        repo_id: namespace/name on the Hub, with its role (`SOURCE user/model`) if it has one.
     """
     chain = causes(error)
     long_wait = next((cause for cause in chain if isinstance(cause, LongWaitError)), None)
     status, server = status_of(error), _server_message(error)
-    again = "run the same command again; what it holds is not resent"
+    again = "run the same command again; what is there already is not sent again"
     if long_wait is not None:
         what = str(long_wait)
     elif any(isinstance(cause, LocalTokenNotFoundError) for cause in chain):
         what = "no token: run `hf auth login`, or set HF_TOKEN to a token that may write"
     elif any(isinstance(cause, OfflineModeIsEnabled) for cause in chain):
-        what = "HF_HUB_OFFLINE is set: unset it to publish"
+        what = "HF_HUB_OFFLINE is set, and it is not in the cache: unset that"
+    elif any(isinstance(cause, GatedRepoError) for cause in chain):
+        what = "access must be asked for on its page, then log in with `hf auth login`"
+    elif any(isinstance(cause, RevisionNotFoundError) for cause in chain):
+        what = f"it has no such revision ({status}, {server})"
+    elif any(isinstance(cause, RepositoryNotFoundError) for cause in chain):
+        what = f"no such repository, or it is private ({status}): check the name, and log in with `hf auth login`"
     elif status == 401:
         what = f"the Hub refuses the token (401, {server}): run `hf auth login`, or set HF_TOKEN to a valid token"
     elif status == 403:

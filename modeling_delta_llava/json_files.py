@@ -18,6 +18,7 @@ MAX_BYTES = {
     "tokenizer.model": 16 * MIB,
     "model.safetensors.index.json": 128 * MIB,
     "pytorch_model.bin.index.json": 128 * MIB,
+    "trainer_state.json": 128 * MIB,
     "chat_template.jinja": MIB,
 }
 MAX_OTHER_BYTES = 8 * MIB

@@ -4,6 +4,7 @@ import base64
 import io
 import itertools
 import os
+import time
 import urllib.request
 from typing import Any
 
@@ -22,7 +23,14 @@ logger = logging.get_logger(__name__)
 MAX_PADDED_SIDE = 8192
 # Of a longer picture that is not padded, only the middle is resized: the centre crop keeps no more.
 MAX_ASPECT_RATIO = 200
-DOWNLOAD_SECONDS, MAX_DOWNLOAD_BYTES = 60, 2**28
+# Limits of a picture at an address: of all of it, and of silence.
+DOWNLOAD_SECONDS, SILENT_SECONDS, MAX_DOWNLOAD_BYTES = 60, 20, 100_000_000
+# All that fetching takes: a redirection to anything but http(s) finds no handler, and the eleventh one is an error.
+DOWNLOAD_HANDLERS = (
+    *(urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler),
+    *(urllib.request.HTTPRedirectHandler, urllib.request.HTTPErrorProcessor, urllib.request.HTTPDefaultErrorHandler),
+    urllib.request.UnknownHandler,
+)
 
 
 class DeltaLlavaImagesKwargs(ImagesKwargs, total=False):
@@ -36,6 +44,27 @@ class DeltaLlavaProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": False}}
 
 
+def download_picture(address: str) -> bytes:
+    """What an http(s) address holds.
+
+    Raises:
+        OSError, ValueError: it cannot be fetched, or not within [`DOWNLOAD_SECONDS`] and [`MAX_DOWNLOAD_BYTES`].
+    """
+    opener = urllib.request.OpenerDirector()
+    for handler in DOWNLOAD_HANDLERS:
+        opener.add_handler(handler())
+    content, end = bytearray(), time.monotonic() + DOWNLOAD_SECONDS
+    request = urllib.request.Request(address, headers={"User-Agent": "delta-llava"})
+    with opener.open(request, timeout=SILENT_SECONDS) as answer:
+        while piece := answer.read1(2**16):
+            content += piece
+            if len(content) > MAX_DOWNLOAD_BYTES:
+                raise ValueError(f"{address} is larger than {MAX_DOWNLOAD_BYTES:,} bytes")
+            if time.monotonic() > end:
+                raise TimeoutError(f"{address} is not complete after {DOWNLOAD_SECONDS} seconds")
+    return bytes(content)
+
+
 def open_picture(source: str | os.PathLike | bytes) -> Image.Image:
     """A picture, not yet decoded, from a path, an http(s) address, a base64 string (bare or `data:...`) or file bytes.
 
@@ -43,11 +72,7 @@ def open_picture(source: str | os.PathLike | bytes) -> Image.Image:
         OSError, ValueError: nothing is there, or no picture.
     """
     if isinstance(source, str) and source.startswith(("http://", "https://")):
-        request = urllib.request.Request(source, headers={"User-Agent": "delta-llava"})
-        with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as answer:
-            source = answer.read(MAX_DOWNLOAD_BYTES + 1)
-        if len(source) > MAX_DOWNLOAD_BYTES:
-            raise ValueError(f"{request.full_url} is larger than {MAX_DOWNLOAD_BYTES:,} bytes")
+        source = download_picture(source)
     elif isinstance(source, os.PathLike) and not os.path.isfile(source):
         raise ValueError(f"{source} is no file")  # a pipe or device might never end
     elif isinstance(source, str) and not os.path.isfile(source):

@@ -14,8 +14,6 @@ _SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
 # Beside weights in repositories, and never read here.
 _IGNORED = ["*.msgpack", "*.h5", "*.onnx", "onnx/*", "*.gguf", "*.md", "global_step*", "optimizer*", "scheduler*"]
 _SMALL_WEIGHTS = ["mm_projector.bin", "non_lora_trainables.bin", "adapter_model.safetensors", "adapter_model.bin"]
-# Seconds that the Hub may take to say what a repository holds.
-_ANSWER_TIME = 30
 
 
 def require_folder(path: Path, role: str) -> Path:
@@ -98,7 +96,8 @@ def local_folder(name: str, role: str, revision: str | None = None, weights: boo
             raise UserError(f"--revision {revision} needs {role} to be a Hub id, and {name} is a path")
         return _checked_links(require_folder(Path(name).expanduser(), role), role)
     folder = _download(name, role, revision, _SMALL_FILES + (_SMALL_WEIGHTS if weights else []))
-    if weights and not any((folder / file).exists() for file in (*_SMALL_WEIGHTS, "adapter_config.json")):
+    if weights:
+        # Beside a projector or an adapter, too: what the folder is, the reader decides from all that is in it.
         for patterns in (_safetensors_patterns(folder), ["pytorch_model*.bin"]):
             folder = _download(name, role, revision, patterns)
             if any(any(folder.glob(pattern)) for pattern in patterns):
@@ -127,41 +126,29 @@ def _safetensors_patterns(folder: Path) -> list[str]:
 def _download(name: str, role: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
-    request = {"revision": revision, "allow_patterns": patterns, "ignore_patterns": _IGNORED}
+    from .hub import hub_api, one_line
+
+    api = hub_api()  # which bounds the time of every request
     try:
         if not HF_HUB_OFFLINE:
-            _check_cache_space(name, role, revision, patterns)
-        return Path(snapshot_download(name, **request))
+            _check_cache_space(api, name, role, revision, patterns)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=_IGNORED))
     except UserError:
         raise
-    except GatedRepoError:
-        why = "access must be asked for on its page, then log in with `hf auth login`"
-    except RepositoryNotFoundError:
-        why = "no such folder here and no such repository on the Hub (or it is private: `hf auth login`)"
-    except RevisionNotFoundError:
-        why = f"it has no revision {revision!r}"
-    except LocalEntryNotFoundError:
-        why = "the Hub cannot be reached and it is not in the cache: download it first or give a folder"
-    # The client's HTTP library, and with it the class of a broken connection, differs between its releases.
-    except Exception as error:
-        why = reason(error)
-    raise UserError(f"{role} {name} cannot be downloaded: {why}")
+    except Exception as error:  # what a hostile or broken answer raises in the client has many classes
+        at = f" at revision {revision!r}" if revision else ""
+        doing = f"it is no folder here, and downloading it{at}"
+        raise UserError(one_line(error, doing, f"{role} {name}")) from error
 
 
-def _check_cache_space(name: str, role: str, revision: str | None, patterns: list[str]) -> None:
+def _check_cache_space(api, name: str, role: str, revision: str | None, patterns: list[str]) -> None:
     """Refuses a download that the cache's disk cannot hold, before its first byte."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.utils import filter_repo_objects
 
-    info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=_ANSWER_TIME)
+    info = api.model_info(name, revision=revision, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     wanted = filter_repo_objects(sizes, allow_patterns=patterns, ignore_patterns=_IGNORED)
     needed = sum(

@@ -12,7 +12,7 @@ import pytest
 
 from delta_llava import cli
 from delta_llava.errors import UserError
-from modeling_delta_llava import asking
+from modeling_delta_llava import asking, processing_delta_llava
 from tests.tiny import encoded, picture
 
 SURROGATE = os.fsdecode(b"What \xff?")
@@ -84,7 +84,7 @@ def test_bad_images(write, message, hub_folder, tmp_path, monkeypatch):
     [
         ("/nowhere/at/all", "MODEL /nowhere/at/all does not exist"),
         ("name", "MODEL name does not exist"),
-        ("some/body", "MODEL some/body cannot be downloaded"),
+        ("some/body", "MODEL some/body: it is no folder here, and downloading it failed: HF_HUB_OFFLINE is set"),
         ("{tmp}", "no config.json"),
         ("{tmp}/config.json", "is a file"),
     ],
@@ -197,7 +197,7 @@ def redirects(target):
         (never_answers, "not complete after 1 seconds"),
         (drips_headers, "not complete after 1 seconds"),
         (drips_the_picture, "not complete after 1 seconds"),
-        (never_ends, "larger than 1 MB"),
+        (never_ends, "larger than 1,000,000 bytes"),
         (is_cut_short, "damaged|not an image"),
         (redirects(b"/again"), "redirect"),
         (redirects(b"file:///etc/passwd"), "cannot be fetched"),
@@ -206,11 +206,28 @@ def redirects(target):
     ],
 )
 def test_an_address_has_a_time_and_a_size(answer, message, monkeypatch):
-    monkeypatch.setattr(asking, "DOWNLOAD_SECONDS", 1)
-    monkeypatch.setattr(asking, "MAX_PICTURE_BYTES", 1_000_000)
+    monkeypatch.setattr(processing_delta_llava, "DOWNLOAD_SECONDS", 1)
+    monkeypatch.setattr(processing_delta_llava, "MAX_DOWNLOAD_BYTES", 1_000_000)
     begin = time.monotonic()
     with server(answer) as address, pytest.raises(UserError, match=message):
         asking.open_image(address)
+    assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (drips_the_picture, "not complete after 1 seconds"),
+        (never_ends, "larger than 1,000,000 bytes"),
+        (redirects(b"ftp://127.0.0.1/picture.png"), "ftp"),
+    ],
+)
+def test_the_processor_keeps_to_these_limits(answer, message, monkeypatch):
+    monkeypatch.setattr(processing_delta_llava, "DOWNLOAD_SECONDS", 1)
+    monkeypatch.setattr(processing_delta_llava, "MAX_DOWNLOAD_BYTES", 1_000_000)
+    begin = time.monotonic()
+    with server(answer) as address, pytest.raises((OSError, ValueError), match=message):
+        processing_delta_llava.open_picture(address)
     assert time.monotonic() - begin < 5
 
 

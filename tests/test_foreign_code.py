@@ -230,3 +230,10 @@ def test_an_adapter_among_whole_weights_is_not_published(folder, capsys):
     change(folder / "adapter_config.json", base_model_name_or_path="someone/evil")
     assert main(["publish", str(folder), "user/tiny", "--dry-run"]) == 2
     assert "adapter_config.json has transformers load the model that it names" in capsys.readouterr().err
+
+
+def test_a_json_file_without_end_is_not_read(folder):
+    with (folder / "notes.json").open("wb") as file:
+        file.truncate(2**33)
+    with pytest.raises(UserError, match=r"notes.json has 8,192 MiB, and no such file needs more than 8"):
+        refuse_foreign_code(folder)

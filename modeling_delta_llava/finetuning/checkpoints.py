@@ -89,7 +89,10 @@ def run_identity(model: Any, data: Any, training: Any) -> dict[str, Any]:
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Stores the settings of a run in a folder, to be compared when it is resumed; they hold no token."""
-    (folder / SETTINGS_FILE).write_text(yaml.safe_dump(settings, sort_keys=True, allow_unicode=True), encoding="utf-8")
+    # Renamed when it is whole: a folder that holds the file is taken for a run's.
+    written = folder / f"{SETTINGS_FILE}.unfinished"
+    written.write_text(yaml.safe_dump(settings, sort_keys=True, allow_unicode=True), encoding="utf-8")
+    os.replace(written, folder / SETTINGS_FILE)
 
 
 def read_stored_settings(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,9 @@
-"""What a training checkpoint computes, from its own keys and without the key tables.
+"""What a training checkpoint computes, step by step as the released code does, from its own keys.
 
-A second, plain path through the released computation: if a table swapped two tensors of one shape, the model would
-load and this would disagree.
+A second, plain path through the released computation, without the key tables: if one swapped two tensors of one shape,
+the model would load and this would disagree. `benchmarks/projector.py` takes `delta_projector` as its baseline: the
+low-rank update is added to the base weight in every call, feature maps are channels-first, the cross-attention runs
+over (window, batch, channel) sequences, and keys, queries and values are always all computed.
 """
 
 import math
@@ -47,7 +49,10 @@ def transformer_block(weights: Mapping[str, Tensor], x: Tensor, head_dim: int) -
         .transpose(1, 2)
         for name in "qkv"
     )
-    attention = (q @ k.transpose(-1, -2) / math.sqrt(head_dim)).softmax(-1)
+    scores = q @ k.transpose(-1, -2) * head_dim**-0.5
+    if not scores.isfinite().all():
+        scores = scores.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    attention = (scores - scores.amax(-1, keepdim=True)).softmax(-1)
     tokens = (attention @ v).transpose(1, 2).reshape(batch, -1, channels)
     tokens = F.linear(tokens, w["e_mhsa.proj.weight"], w["e_mhsa.proj.bias"])
     x = x + tokens.transpose(1, 2).view(batch, channels, side, side)
@@ -62,17 +67,24 @@ def transformer_block(weights: Mapping[str, Tensor], x: Tensor, head_dim: int) -
 
 
 def delta_projector(
-    weights: Mapping[str, Tensor], query: Tensor, memory: Tensor, scale: int, heads: int, head_dim: int
+    weights: Mapping[str, Tensor],
+    query: Tensor,
+    memory: Tensor,
+    scale: int,
+    heads: int,
+    head_dim: int,
+    positions: Tensor,
 ) -> Tensor:
     """Visual tokens of the Delta projector.
 
     Args:
-        weights: tensors by key without `model.mm_projector.`, fp32.
+        weights: tensors by key without `model.mm_projector.`.
         query: (B, N, C) patch tokens of the query layer.
         memory: (B, N, M * C) patch tokens of the memory layers.
         scale: side of the window of patches that one visual token reads.
         heads: of the cross-attention.
         head_dim: of the transformer block.
+        positions: (N, D'), see [`sincos_table`]; D' is the width of the transformer block's output.
 
     Returns:
         (B, (sqrt(N) / scale)², D).
@@ -84,8 +96,8 @@ def delta_projector(
     x = F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
     x = transformer_block(weights, x, head_dim).flatten(2).transpose(1, 2)  # [B, V, C]
     width = x.shape[-1]
-    table = sincos_table(width, grid).view(1, grid, grid, width).permute(0, 3, 1, 2)
-    table = F.interpolate(table, size=(side, side), mode="bicubic", align_corners=False)
+    table = positions.float().view(1, grid, grid, width).permute(0, 3, 1, 2)
+    table = F.interpolate(table, size=(side, side), mode="bicubic", align_corners=False).to(x.dtype)
     x = delta_projection(weights, "q_proj_1", x + table.flatten(2).transpose(1, 2))
 
     def windows(tokens: Tensor) -> Tensor:
@@ -109,7 +121,6 @@ def delta_projector(
         weights["clip_attn.out_proj.weight"],
         weights["clip_attn.out_proj.bias"],
         training=False,
-        need_weights=False,
     )
     hidden = F.gelu(F.linear(attended.view(batch, side * side, width), weights["mlp.0.weight"], weights["mlp.0.bias"]))
     return F.linear(hidden, weights["mlp.2.weight"], weights["mlp.2.bias"])
@@ -165,6 +176,7 @@ def reference_stages(
         visual = plain_projector(weights, states[layers[0]][:, first:])
     else:
         layers = config.memory_feature_layers
+        width = weights["q_proj_1.shared_weight.weight"].shape[1]
         visual = delta_projector(
             weights,
             states[config.query_feature_layer][:, first:],
@@ -172,6 +184,7 @@ def reference_stages(
             config.scale_factor(),
             config.projector_num_attention_heads,
             config.block_head_dim,
+            sincos_table(width, math.isqrt(config.num_patches)),
         )
     stages |= {f"tower layer {layer}": states[layer] for layer in layers}
     stages["projector"] = visual * getattr(config, "visual_token_scale", 1.0)

@@ -543,7 +543,7 @@ def test_source_that_does_not_exist(tmp_path, refused):
 def test_source_on_a_hub_that_cannot_be_reached(refused):
     line = refused("nobody/nothing")
     assert "nobody/nothing" in line
-    assert "cannot be downloaded" in line
+    assert "downloading it failed" in line
 
 
 def test_revision_of_a_path(stage2, refused):

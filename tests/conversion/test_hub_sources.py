@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -97,8 +99,8 @@ def test_revision(hub, run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["someone/nothing"], "no such folder here and no such repository"),
-        (["someone/delta", "--revision", "v9"], "no revision 'v9'"),
+        (["someone/nothing"], "it is no folder here, and downloading it failed: no such repository"),
+        (["someone/delta", "--revision", "v9"], "at revision 'v9' failed: it has no such revision"),
     ],
 )
 def test_what_the_hub_does_not_have(hub, run, tmp_path, arguments, message):
@@ -138,5 +140,37 @@ def test_a_hub_that_does_not_answer(hub, run, tmp_path):
     hub.fail("", "cut", times=999)
     done = run("convert", "someone/delta", "hub")
     assert done.returncode == 2
-    assert "error: SOURCE someone/delta cannot be downloaded" in done.stderr
+    assert (
+        "error: SOURCE someone/delta: it is no folder here, and downloading it failed: no connection to the Hub"
+        in done.stderr
+    )
     assert not (tmp_path / "hub").exists()
+
+
+@pytest.mark.parametrize("request_of", ["GET /api/models/someone/delta", "GET .*/config.json"])
+def test_a_hub_that_drips(hub, run, tmp_path, request_of):
+    write_stage2(tmp_path / "source", LAYOUT)
+    upload(hub, "someone/delta", tmp_path / "source")
+    hub.fail(request_of, "drip", times=999, seconds=0.05)
+    begin = time.monotonic()
+    done = run("convert", "someone/delta", "hub", first="from modeling_delta_llava import hub; hub.SILENCE = 0.5")
+    assert done.returncode == 2
+    assert "error: SOURCE someone/delta: it is no folder here, and downloading it failed" in done.stderr
+    assert "less than 1000 bytes per second" in done.stderr
+    assert time.monotonic() - begin < 60
+
+
+@pytest.mark.parametrize("beside", ["mm_projector.bin", "adapter_config.json"])
+def test_whole_weights_beside_another_form(hub, run, tmp_path, beside):
+    """A repository and a folder with the same files get the same answer."""
+    write_base_model(tmp_path / "base", LAYOUT)
+    extra = {beside: b"{}"}
+    upload(hub, "someone/base", tmp_path / "base", extra)
+    (tmp_path / "base" / beside).write_bytes(extra[beside])
+    answers = []
+    for source, folder in (("someone/base", ".*/snapshots/[0-9a-f]+"), ("base", "base")):
+        done = run("convert", source, "hub", "--no-progress")
+        assert done.returncode == 2
+        answers.append(re.sub(f"error: {folder} ", "error: ", done.stderr.splitlines()[-1]))
+    assert answers[0] == answers[1]
+    assert re.match("error: holds (a language model|whole weights) and ", answers[0])

@@ -36,7 +36,7 @@ def test_help_says_what_is_measured(script, monkeypatch, capsys):
 
 
 def test_the_baseline_computes_what_the_projector_computes(benchmark):
-    released, ours = benchmark("released_projector"), benchmark("projector")
+    released, ours = benchmark("authors_projector"), benchmark("projector")
     config = tiny_config(projector_num_attention_heads=2)
     projector = ours.random_projector(config, torch.device("cpu"))
     baseline = released.ReleasedProjector(projector).eval()

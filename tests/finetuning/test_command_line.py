@@ -120,7 +120,7 @@ def test_both_recipes_from_the_hub_to_the_hub(hub, client, tmp_path, monkeypatch
         assert set(preflight.check_contents(tmp_path / stage)) == pushed
     assert (tmp_path / "stage1" / "_base").is_dir()
     assert passed(verify(tmp_path / "stage2", progress=False))
-    monkeypatch.setattr(preflight, "check_in_process", lambda folder, load, verify: {})  # as verified here
+    monkeypatch.setattr(preflight, "check_in_process", lambda folder, load, verify: None)  # as verified here
     preflight.preflight(tmp_path / "stage2", "user/stage2", licence="mit", load=False)
 
 

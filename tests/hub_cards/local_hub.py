@@ -226,7 +226,7 @@ class Handler(BaseHTTPRequestHandler):
         name = f"{self.command} {self.path}"
         with self.hub.lock:
             faults = [fault for fault in self.hub.faults if fault.applies(name)]
-        swallow = False
+        swallow, self.drip = False, None
         try:
             for fault in faults:
                 if fault.action == "status":
@@ -240,6 +240,8 @@ class Handler(BaseHTTPRequestHandler):
                     time.sleep(fault.seconds)
                 elif fault.action == "swallow":
                     swallow = True
+                elif fault.action == "drip":
+                    self.drip = fault.seconds
                 elif fault.action == "tamper":
                     self.tampered = fault.path
                 elif fault.action == "call":
@@ -293,8 +295,11 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in sent.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        if self.command == "HEAD":
+            return
+        for piece in [body] if self.drip is None else map(bytes, zip(body, strict=True)):
+            self.wfile.write(piece)
+            time.sleep(self.drip or 0)
 
     def reply(self, data, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self.answer(status, json.dumps(data).encode(), headers)

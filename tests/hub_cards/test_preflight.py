@@ -59,8 +59,6 @@ def test_good_folder_passes(folder, tmp_path, monkeypatch):
     (tmp_path / "scratch").mkdir()
     checked = preflight(folder, "user/tiny")
     assert checked.pinned == "v1.0"
-    assert checked.loaded["class"] == "DeltaLlavaForConditionalGeneration"
-    assert len(checked.loaded["new_ids"]) == 2
     assert {file.path for file in checked.files} == set(list_files(folder)) == set(checked.sources)
     assert not (tmp_path / "modules").exists(), "the user's module cache is not touched"
     assert list((tmp_path / "scratch").iterdir()) == []

@@ -46,7 +46,6 @@ def checks(monkeypatch):
 
     def check(folder, load, verify):
         asked.append((load, verify))
-        return {}
 
     monkeypatch.setattr(preflight, "check_in_process", check)
     return asked

@@ -122,6 +122,14 @@ def test_signatures_of_addresses_are_not_printed(hub, folder, publish):
     assert "secret" not in process.stderr
 
 
+def test_an_answer_that_drips_has_an_end(hub, folder, publish, monkeypatch):
+    monkeypatch.setattr(hub_access, "SILENCE", 0.5)
+    hub.fail("GET /api/", "drip", times=99, seconds=0.01)
+    begin = time.monotonic()
+    assert_one_line(publish(folder), "no connection to the Hub (the answer comes at less than 1000 bytes per second)")
+    assert time.monotonic() - begin < 20
+
+
 def test_stale_shards_and_code_are_removed_other_files_kept(hub, folder, publish):
     report_of(publish(folder))
     hub.add_text(hub.repos[REPO], "assets/photo.txt", "somebody's picture")
@@ -243,7 +251,7 @@ def test_403_on_commit_leaves_nothing_behind(hub, folder, publish):
 
 def test_404_while_uploading(hub, folder, publish):
     hub.fail(r"/preupload/", status=404, times=9, headers={"X-Error-Code": "RepoNotFound"})
-    assert_one_line(publish(folder), "not found (404", "check the name")
+    assert_one_line(publish(folder), "no such repository, or it is private (404)", "check the name")
 
 
 def test_409_when_the_repository_exists(hub, folder, publish):
@@ -378,7 +386,7 @@ def test_connection_cut_in_the_middle_of_a_shard(hub, folder, publish):
 def test_connection_cut_in_the_middle_of_every_shard_unwraps_the_cause(hub, folder, publish):
     hub.fail(PUT, "cut", at=300_000, times=999)
     before = local_files(folder)
-    line = assert_one_line(publish(folder), "no connection to the Hub", "what it holds is not resent")
+    line = assert_one_line(publish(folder), "no connection to the Hub", "what is there already is not sent again")
     assert "Error while uploading" not in line, "the client's wrapper is not the reason"
     assert commits(hub) == ["initial commit"]
     assert local_files(folder) == before
