@@ -53,7 +53,6 @@ IDENTITY = (
     "format",
     "max_length",
     "image_aspect_ratio",
-    "group_by_modality_length",
     "train_sampling_strategy",
     "seed",
     "data_seed",
