@@ -171,9 +171,9 @@ def measure_input(trainer: DeltaLlavaTrainer, batch_size: int, batches: int = 8)
 def count_padding(arguments: argparse.Namespace, folder: Path) -> dict[int, dict[str, float]]:
     """Share of padding tokens over one epoch, by budget and by how rows are put together."""
     shares: dict[int, dict[str, float]] = {budget: {} for budget in arguments.budgets}
-    for name, grouped in (("shuffled", False), ("grouped", True)):
+    for name, strategy in (("shuffled", "random"), ("grouped", "group_by_length")):
         settings = run_settings(arguments, folder, "stage2", arguments.budgets[0])
-        trainer, _ = prepare(build_arguments(settings | {"group_by_modality_length": grouped}))
+        trainer, _ = prepare(build_arguments(settings | {"train_sampling_strategy": strategy}))
         dataset, image_token_id = trainer.train_dataset, trainer.model.config.image_token_id
         encoded = [dataset.encoder.encode(dataset.rows.sample(index).messages) for index in range(len(dataset))]
         order = [drawn.index for drawn in trainer._get_train_sampler()]

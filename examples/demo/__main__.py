@@ -85,7 +85,7 @@ def finetune_stage(recipe: str, settings: dict[str, Any]) -> Path:
         "visual_token_budget_weights": BUDGET_WEIGHTS,
         "num_visual_tokens": DEFAULT_BUDGET,
         "per_device_train_batch_size": BATCH_SIZE,
-        "group_by_modality_length": False,
+        "train_sampling_strategy": "random",
         "gradient_checkpointing": False,
         "bf16": False,
         "use_cpu": True,

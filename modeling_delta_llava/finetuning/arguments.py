@@ -188,7 +188,7 @@ REFUSED = {
     "group_by_length": "set train_sampling_strategy: group_by_length",
     "warmup_ratio": "set warmup_steps to the same share",
 }
-# What does nothing without another setting.
+# What is of no use without another setting.
 NEEDS = {
     "model_revision": "model",
     "quantization": "lora_rank",
@@ -395,7 +395,7 @@ def _words(parser: SettingsParser, settings: Mapping[str, Any]) -> list[str]:
     given = {name: _texts(value) for name, value in settings.items() if value is not None}
     for token in given.get("hub_token", []):
         hide(token)
-    hints = get_type_hints(DeltaLlavaTrainingArguments)
+    hints = {name: hint for group in parser.dataclass_types for name, hint in get_type_hints(group).items()}
     words = []
     for name, texts in given.items():
         if name != "hub_token" and holds_secret(f"{name} {' '.join(texts)}"):
@@ -405,8 +405,8 @@ def _words(parser: SettingsParser, settings: Mapping[str, Any]) -> list[str]:
             )
         if name in LISTS and len(texts) == 1:
             texts = texts[0].strip("[]").replace(",", " ").split()
-        if not texts and hints.get(name) == bool | None:
-            texts = ["true"]  # a bare flag, as the parser takes it where false is the default
+        if hints.get(name) in (bool, bool | None):  # bare, or one of YAML's words that the parser does not know
+            texts = [{"on": "true", "off": "false"}.get(text.lower(), text) for text in texts] or ["true"]
         if "--" in texts or any(text.startswith("--") for text in texts[1:]):
             parser.error(f"{name}: a value that begins with -- cannot be told from a setting; give another")
         name = re.sub("^(gradient|activation)_checkpointing", CHECKPOINTING, name)
@@ -434,7 +434,7 @@ def _check(parser: SettingsParser, chosen: Namespace, changed: dict[str, Any]) -
                     parser.error(f"{name} must be {words}, found {number}")
     for name, other in NEEDS.items():
         if name in changed and other not in changed:
-            parser.error(f"{name} does nothing without {other}; set {other} too, or leave {name} out")
+            parser.error(f"{name} needs {other}; set that too, or leave {name} out")
     for name, other, why in EXCLUSIVE:
         if name in changed and other in changed:
             parser.error(f"{name} and {other} do not go together, {why}; remove one of them")
@@ -461,8 +461,6 @@ def _check(parser: SettingsParser, chosen: Namespace, changed: dict[str, Any]) -
         parser.error(f"metric_for_best_model must be one of {', '.join(measured)}, which evaluation measures")
     if chosen.save_strategy == "best" and chosen.eval_strategy == "no":
         parser.error("save_strategy: best needs an eval_strategy")
-    if chosen.dataloader_multiprocessing_context not in (None, "fork", "spawn", "forkserver"):
-        parser.error("dataloader_multiprocessing_context must be fork, spawn or forkserver")
 
 
 def _check_built(parser: SettingsParser, training: DeltaLlavaTrainingArguments) -> None:
