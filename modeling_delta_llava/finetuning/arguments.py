@@ -144,6 +144,8 @@ class DeltaLlavaTrainingArguments(transformers.TrainingArguments):
     def __post_init__(self):
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"  # as transformers has it for load_best_model_at_end
+        if self.resume_from_checkpoint in ("True", "False"):  # as YAML files may write it
+            self.resume_from_checkpoint = self.resume_from_checkpoint.lower()
         super().__post_init__()
         if self.accelerator_config.dispatch_batches is None:
             self.accelerator_config.dispatch_batches = False
