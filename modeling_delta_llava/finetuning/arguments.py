@@ -41,17 +41,13 @@ class ModelArguments:
     _argument_group_name = "Model"
 
     model: str | None = setting(None, "Delta-LLaVA folder or Hub repo to start from, such as a stage-1 result.")
-    language_model: str | None = setting(
-        None, "Language model to start from, with a new projector (folder or Hub repo)."
-    )
+    language_model: str | None = setting(None, "Language model to start from, with a new projector (folder or repo).")
     vision_tower: str | None = setting(None, "Vision tower that goes with `language_model` (folder or Hub repo).")
     model_revision: str | None = setting(None, "Revision of `model` on the Hub.")
     train_projector: bool = setting(True, "Train the Delta projector.")
     train_language_model: bool = setting(False, "Train the language model and its head.")
     train_vision_tower: bool = setting(False, "Train the vision tower.")
-    projector: dict[str, Any] | str | None = setting(
-        None, 'Config fields of a new projector, such as {"delta_rank": 16, "drop_path_rate": 0.1}.'
-    )
+    projector: dict[str, Any] | str | None = setting(None, 'Fields of a new projector, such as {"delta_rank": 16}.')
     num_visual_tokens: int | None = setting(None, "Visual tokens per image when no list of budgets is given.")
     attn_implementation: str | None = setting(None, "Attention kernel: sdpa, flash_attention_2, eager, ...")
     lora_rank: int = setting(0, "Rank of LoRA on the language model; 0 trains no LoRA.")
@@ -61,9 +57,7 @@ class ModelArguments:
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         "Linear layers of the language model that get LoRA.",
     )
-    quantization: Literal["none", "4bit", "8bit"] = setting(
-        "none", "Load the frozen language model in 4bit (QLoRA), 8bit or none."
-    )
+    quantization: Literal["none", "4bit", "8bit"] = setting("none", "How the frozen language model of LoRA is held.")
 
     def __post_init__(self):
         if isinstance(self.projector, str):
@@ -83,7 +77,7 @@ class DataArguments:
     _argument_group_name = "Data"
 
     data_path: str | None = setting(
-        None, "LLaVA JSON or JSONL, a parquet file, a folder of `save_to_disk`, or a Hub dataset."
+        None, "LLaVA JSON or JSONL, parquet, a folder of `save_to_disk`, or a Hub dataset."
     )
     image_folder: str | None = setting(None, "Folder that image names are relative to.")
     split: str = setting("train", "Split of a dataset that has several.")
@@ -95,9 +89,7 @@ class DataArguments:
         "template", "template: the model's own; v1: Vicuna's; plain: picture, caption, newline (as LLaVA-1.5)."
     )
     max_length: int = setting(2048, "Tokens after which a sequence is cut, never inside a picture.")
-    image_aspect_ratio: Literal["pad", "square"] = setting(
-        "pad", "pad: pad to a square first; square: resize the short side and crop."
-    )
+    image_aspect_ratio: Literal["pad", "square"] = setting("pad", "Pad to a square first, or resize and crop to one.")
     on_bad_row: Literal["stop", "skip"] = setting("stop", "What happens at a malformed row.")
     on_broken_image: Literal["stop", "skip"] = setting("stop", "What happens at a picture that cannot be read.")
     max_image_pixels: int = setting(100_000_000, "Larger pictures count as broken.")
@@ -115,12 +107,8 @@ class DeltaLlavaTrainingArguments(transformers.TrainingArguments):
     _argument_group_name = "Training"
 
     projector_learning_rate: float | None = setting(None, "Learning rate of the projector; by default learning_rate.")
-    visual_token_budgets: list[int] | None = setting(
-        None, "Visual-token budgets to draw from, one for each optimizer step, the same on all ranks."
-    )
-    visual_token_budget_weights: list[float] | None = setting(
-        None, "How often each budget is drawn, relative to the others; equally often when not given."
-    )
+    visual_token_budgets: list[int] | None = setting(None, "Visual-token budgets; each optimizer step draws one.")
+    visual_token_budget_weights: list[float] | None = setting(None, "How often each is drawn, relative to the others.")
     trial_save: bool = setting(True, "Write one checkpoint and open it before the first step.")
     predict_with_generate: bool = setting(False, "Answer the evaluation rows by generation and score the answers.")
     generation_max_new_tokens: int = setting(64, "Longest answer of predict_with_generate, in tokens.")
@@ -130,7 +118,7 @@ class DeltaLlavaTrainingArguments(transformers.TrainingArguments):
         "and references (lists of texts); it returns a number or a mapping of names to numbers.",
     )
     early_stopping_patience: int | None = setting(
-        None, "Evaluations without a better metric_for_best_model after which training stops."
+        None, "Evaluations without a better metric_for_best_model to stop at."
     )
     early_stopping_threshold: float = setting(0.0, "Gain that counts as better for early_stopping_patience.")
     # Those of transformers whose type or default is another here.
@@ -144,8 +132,11 @@ class DeltaLlavaTrainingArguments(transformers.TrainingArguments):
     def __post_init__(self):
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"  # as transformers has it for load_best_model_at_end
-        if self.resume_from_checkpoint in ("True", "False"):  # as YAML files may write it
+        # Names in place of which transformers or this package also take a flag.
+        if self.resume_from_checkpoint in ("True", "False"):
             self.resume_from_checkpoint = self.resume_from_checkpoint.lower()
+        if self.trackio_static_space_id in ("false", "False"):
+            self.trackio_static_space_id = False
         super().__post_init__()
         if self.accelerator_config.dispatch_batches is None:
             self.accelerator_config.dispatch_batches = False
@@ -284,12 +275,9 @@ def config_path(name: str) -> Path:
     Raises:
         UserError: no such file; the message lists the packaged recipes.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    packaged = CONFIG_FOLDER / (name if name.endswith(".yaml") else f"{name}.yaml")
-    if packaged.is_file():
-        return packaged
+    for path in (Path(name).expanduser(), CONFIG_FOLDER / name, CONFIG_FOLDER / f"{name}.yaml"):
+        if path.is_file():
+            return path
     raise UserError(f"{name}: no such config file; packaged recipes are {', '.join(packaged_recipes())}")
 
 
@@ -426,8 +414,9 @@ def _texts(value: Any) -> list[str]:
 
 def _check(parser: SettingsParser, chosen: Namespace, changed: dict[str, Any]) -> None:
     """Refuses settings that cannot be used, one by one and together; `changed` are those not at their defaults."""
-    for name in changed.keys() & REFUSED.keys():
-        parser.error(f"{name} is not supported: {REFUSED[name]}")
+    for name, why in REFUSED.items():
+        if name in changed:
+            parser.error(f"{name} is not supported: {why}")
     for words, (is_usable, names) in LIMITS.items():
         for name in names.split():
             value = getattr(chosen, name)
@@ -461,6 +450,10 @@ def _check(parser: SettingsParser, chosen: Namespace, changed: dict[str, Any]) -
     best = (chosen.metric_for_best_model or "loss").removeprefix("eval_")
     if chosen.metric == "exact_match" and best not in measured:
         parser.error(f"metric_for_best_model must be one of {', '.join(measured)}, which evaluation measures")
+    if chosen.optim_target_modules and not chosen.optim.startswith(("galore", "apollo")):
+        parser.error(
+            "optim_target_modules is read by the galore and apollo optimizers alone; set optim, or leave it out"
+        )
     if chosen.save_strategy == "best" and chosen.eval_strategy == "no":
         parser.error("save_strategy: best needs an eval_strategy")
 
