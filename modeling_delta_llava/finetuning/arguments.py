@@ -172,6 +172,7 @@ REFUSED = {
     "bf16_full_eval": "transformers ignores it while training; evaluation runs as training does",
     "include_num_input_tokens_seen": "it would count one token for each picture",
     "auto_find_batch_size": "other batches are another run, which no checkpoint resumes; lower the batch size",
+    "enable_jit_checkpoint": "it puts a checkpoint under its name before it is whole; lower save_steps",
     "parallelism_config": "this model has no tensor or context parallelism; shard it with fsdp2 or zero3",
     "length_column_name": "rows are measured as the model sees them",
     "do_train": "this command always trains; leave it out",
@@ -298,21 +299,19 @@ def read_settings(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     Raises:
         UserError: the file is no YAML mapping (with its line), or its base cannot be read or is circular.
     """
-    if path.resolve() in seen:
-        raise UserError(f"{path}: its `base` leads back to itself; remove one of them")
     with told(f"{path}: cannot be read as YAML", "repair the file"), path.open("rb") as file:
+        if path.resolve() in seen:
+            raise UserError(f"{path}: its `base` leads back to itself; remove one of them")
         loader = yaml.SafeLoader(file)
         root = loader.get_single_node()
-        if not isinstance(root, yaml.MappingNode) or not all(
-            isinstance(key, yaml.ScalarNode) for key, _ in root.value
-        ):
+        if not isinstance(root, yaml.MappingNode):
             raise UserError(f"{path}: expected `key: value` lines; see the packaged recipes for an example")
         loader.flatten_mapping(root)
-        settings = {key.value: _as_written(loader, node) for key, node in root.value}
+        settings = {str(key.value): _as_written(loader, node) for key, node in root.value}
     base = settings.pop("base", None)
     if base is None:
         return settings
-    return {**read_settings(path.parent / base, (*seen, path.resolve())), **settings}
+    return {**read_settings(path.parent / str(base), (*seen, path.resolve())), **settings}
 
 
 def _as_written(loader: yaml.SafeLoader, node: yaml.Node) -> Any:

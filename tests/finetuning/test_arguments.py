@@ -372,12 +372,13 @@ def test_bad_files(tmp_path):
         "seed: 1\n  bad: [": "line 2",
         "- 1\n- 2\n": "key: value",
         "": "key: value",
-        "? [a]\n: b\n": "key: value",
         "seed: *nowhere\n": "undefined alias",
         "run_name: \x00\n": "cannot be read as YAML",
         "base: run.yaml\n": "back to itself",
         "base: none.yaml\n": r"none\.yaml: cannot be read",
         "base: .\n": "cannot be read",
+        "base: [a, b]\n": "cannot be read",
+        'base: "\\0"\n': "cannot be read",
         "[" * 100_000: "cannot be read as YAML",
     }
     for text, words in bad.items():
@@ -385,6 +386,9 @@ def test_bad_files(tmp_path):
         with pytest.raises(UserError, match=words) as raised:
             read_settings(tmp_path / "run.yaml")
         assert "\n" not in str(raised.value)
+    (tmp_path / "run.yaml").write_text("? [a]\n: b\n")
+    with pytest.raises(UserError, match="unknown setting"):
+        load_arguments(str(tmp_path / "run.yaml"), [])
     (tmp_path / "run.yaml").write_bytes(b"run_name: \xff\n")
     with pytest.raises(UserError, match="cannot be read as YAML"):
         read_settings(tmp_path / "run.yaml")
