@@ -458,7 +458,7 @@ def _check(parser: SettingsParser, chosen: Namespace, changed: dict[str, Any]) -
 
 
 def _check_built(parser: SettingsParser, training: DeltaLlavaTrainingArguments) -> None:
-    """Makes what a run would only find impossible later: loggers, optimizer and schedule."""
+    """Makes what a run would only find impossible later: loggers, compiler, optimizer and schedule."""
     for name, value in vars(training).items():
         if name.endswith("_kwargs") and isinstance(value, str):
             parser.error(f"{name} must be a mapping, found {value!r}")
@@ -468,6 +468,8 @@ def _check_built(parser: SettingsParser, training: DeltaLlavaTrainingArguments) 
     for callback in get_reporting_integration_callbacks(training.report_to):
         callback()
     model = torch.nn.Linear(1, 1)
+    if training.torch_compile:
+        torch.compile(model, backend=training.torch_compile_backend, mode=training.torch_compile_mode)
     if training.optim_target_modules is None:
         transformers.Trainer.get_optimizer_cls_and_kwargs(training, model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)

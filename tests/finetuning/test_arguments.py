@@ -231,6 +231,10 @@ BAD_SETTINGS = {
     "mapping of another schedule": ({"lr_scheduler_kwargs": {"num_cycles": 1}}, "num_cycles"),
     "schedule without its mapping": ({"lr_scheduler_type": "warmup_stable_decay"}, "cannot be used"),
     "optimizer that is not installed": ({"optim": "schedule_free_adamw"}, "schedulefree"),
+    "optimizer settings": ({"optim_args": "fast"}, "cannot be used"),
+    "compiler": ({"torch_compile": True, "torch_compile_backend": "gcc"}, "cannot be used .*gcc"),
+    "mode of the compiler": ({"torch_compile": True, "torch_compile_mode": "fast"}, "cannot be used .*fast"),
+    "sharding": ({"fsdp": "some"}, "cannot be used .*fsdp"),
     "start method": (
         {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "thread"},
         "invalid choice: 'thread'",
