@@ -463,7 +463,6 @@ def test_help_lists_every_setting(capsys, monkeypatch):
         shown.add(capsys.readouterr().out)
     (listed,) = shown
     assert "vicuna-7b/stage2_qlora" in listed
-    assert "--lora_rank LORA_RANK" in listed
     assert "Rank of LoRA on the language model; 0 trains no LoRA. (default: 0)" in listed
     assert "{stop,skip}" in listed
     assert "%%" not in listed
