@@ -53,6 +53,7 @@ IDENTITY = (
     "format",
     "max_length",
     "image_aspect_ratio",
+    "group_by_modality_length",
     "train_sampling_strategy",
     "seed",
     "data_seed",
