@@ -376,33 +376,29 @@ def quantize(
 
 def _print_settings(requested: bool) -> None:
     if requested:
-        from modeling_delta_llava.finetuning.settings_list import settings_list
+        from modeling_delta_llava.finetuning.arguments import settings_help
 
-        typer.echo(settings_list())
+        typer.echo(settings_help())
         raise typer.Exit
 
 
-@app.command(rich_help_panel=TRAIN, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    rich_help_panel=TRAIN,
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
 def finetune(
     context: typer.Context,
     config: Annotated[
         str, typer.Argument(help="YAML file, or a packaged recipe such as vicuna-7b/stage1.", metavar="CONFIG.yaml")
     ],
-    list_settings: Annotated[
-        bool,
-        typer.Option(
-            "--list-settings",
-            callback=_print_settings,
-            is_eager=True,
-            help="Print every setting and recipe, and exit.",
-        ),
+    settings: Annotated[
+        bool, typer.Option("--help", "-h", "--list-settings", callback=_print_settings, is_eager=True)
     ] = False,
 ) -> None:
     """Train, as a YAML file and overrides say: CONFIG.yaml [--key value ...] [--check-data].
 
-    Keys are the settings that --list-settings prints, those of transformers.TrainingArguments among them; --check-data
-    reads the data through and trains nothing. On several devices:
-    accelerate launch -m modeling_delta_llava.finetuning CONFIG.yaml [--key value ...].
+    `--help` prints every setting, those of transformers.TrainingArguments among them.
     """
     from modeling_delta_llava.finetuning.run import finetune as run_finetuning
 

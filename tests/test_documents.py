@@ -188,7 +188,7 @@ def options_of(command: str, capsys) -> set[str]:
 def check_options(words: list[str], capsys) -> None:
     """Options of `delta-llava COMMAND ...` exist; settings of a training run do."""
     command, *arguments = words[1:]
-    if command == "finetune" and "--list-settings" not in arguments:
+    if command == "finetune" and "--help" not in arguments:
         load_arguments(arguments[0], [*arguments[1:], "--use_cpu", "true"])
     else:
         assert {word for word in arguments if word.startswith("--")} <= options_of(command, capsys)
@@ -206,9 +206,7 @@ def run_command(command: str, capsys) -> None:
     if why_not_run(command):
         return
     assert words[0] == "delta-llava", f"{command}: neither a command of ours nor listed in NOT_RUN"
-    added = ADDED.get(words[1], [])
-    if words[1] == "finetune":
-        added = [] if "--list-settings" in words else added
+    added = [] if "--help" in words else ADDED.get(words[1], [])
     assert cli.main([*words[1:], *added]) == 0, command
 
 

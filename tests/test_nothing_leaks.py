@@ -170,8 +170,8 @@ def test_a_token_of_no_known_form_is_known_by_its_use(work, monkeypatch):
     arguments = build_arguments(settings | {"hub_token": "another-companys-token"})
     assert "hub_token" not in arguments.settings
     assert scrub("refused: another-companys-token") == "refused: <token>"
-    with pytest.raises(UserError, match="hub_token must be text") as caught:
-        build_arguments(settings | {"hub_token": [TOKEN]})
+    with pytest.raises(UserError, match="a value too many") as caught:
+        build_arguments(settings | {"hub_token": [TOKEN, TOKEN]})
     assert TOKEN not in str(caught.value)
 
 

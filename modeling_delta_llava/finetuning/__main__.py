@@ -7,13 +7,16 @@ import torch.distributed as dist
 from delta_llava.errors import UserError, printable
 from delta_llava.redaction import scrub
 
+from .arguments import settings_help
 from .run import finetune
+
+HELP = {"-h", "--help", "--list-settings"}
 
 
 def main(arguments: list[str]) -> int:
     """Runs `finetune`; returns the exit status: 2 for an error that the user can mend, 130 when interrupted."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
+    if not arguments or HELP.intersection(arguments):
+        print(settings_help() if arguments else __doc__)
         return 0 if arguments else 2
     try:
         finetune(arguments[0], arguments[1:])

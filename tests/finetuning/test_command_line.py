@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from delta_llava import cli
 from modeling_delta_llava.conversion.verify import passed, verify
+from modeling_delta_llava.finetuning.__main__ import main as launched
 from modeling_delta_llava.finetuning.arguments import (
     DataArguments,
     DeltaLlavaTrainingArguments,
@@ -100,7 +101,7 @@ def test_both_recipes_from_the_hub_to_the_hub(hub, client, tmp_path, monkeypatch
     stage2 = client(
         *("-m", "modeling_delta_llava.finetuning", "stage2"),
         *options(model="user/stage1", output_dir="stage2", hub_model_id="user/stage2", **common),
-        *options(visual_token_budgets="[16, 4, 1]", save_steps=1, save_total_limit=2),
+        *options(visual_token_budgets="16,4,1", save_steps=1, save_total_limit=2),
         cwd=tmp_path,
     )
     assert stage2.returncode == 0, stage2.stderr
@@ -321,7 +322,7 @@ BAD_INPUTS = {
         "num_visual_tokens=7 is not possible.*16, 4, 1",
     ),
     "default never trained": ({"visual_token_budgets": [16, 1]}, "default of 4 visual tokens.*--num_visual_tokens 16"),
-    "empty budget list": ({"visual_token_budgets": []}, "visual_token_budgets must be different positive numbers"),
+    "empty budget list": ({"visual_token_budgets": []}, "visual_token_budgets: expected at least one argument"),
     "no folder for a picture": ({"image_folder": "nowhere"}, "image_folder: nowhere is no folder"),
     "output is a file": (lambda folder, _: {"output_dir": str(write_config(folder / "file", {}))}, "is a file"),
     "output cannot be made": (
@@ -454,16 +455,26 @@ def test_check_data_reports_everything(workplace, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_all_settings_are_listed(capsys):
-    assert cli.main(["finetune", "--list-settings"]) == 0
-    listed = capsys.readouterr().out
+def test_help_lists_every_setting(capsys, monkeypatch):
+    """In all forms, before and behind a config, and when accelerate launches the module."""
+    monkeypatch.setenv("COLUMNS", "119")
+    shown = set()
+    for words in (["--help"], ["--list-settings"], ["stage1", "-h"], ["stage1", "--seed", "3", "--help"]):
+        assert cli.main(["finetune", *words]) == 0
+        shown.add(capsys.readouterr().out)
+        assert launched(words) == 0
+        shown.add(capsys.readouterr().out)
+    (listed,) = shown
     assert "vicuna-7b/stage2_qlora" in listed
-    assert "  lora_rank = 0\n      Rank of LoRA on the language model; 0 trains no LoRA.\n" in listed
-    assert "  on_broken_image = stop\n" in listed
-    assert re.search(r"\n  per_device_train_batch_size = 8\n {6}The batch size per device", listed)
-    for group in (ModelArguments, DataArguments, DeltaLlavaTrainingArguments):
+    assert "Rank of LoRA on the language model; 0 trains no LoRA. (default: 0)" in listed
+    assert "{stop,skip}" in listed
+    assert "%%" not in listed
+    sections = [listed.index(f"\n{title}:\n") for title in ("Model", "Data", "Training")]
+    ends = [*sections[1:], len(listed)]
+    groups = (ModelArguments, DataArguments, DeltaLlavaTrainingArguments)
+    for group, begin, end in zip(groups, sections, ends, strict=True):
         for entry in dataclasses.fields(group):
-            assert f"\n  {entry.name} = " in listed or not entry.init
+            assert f"\n  --{entry.name}" in listed[begin:end] or not entry.init
 
 
 def test_the_readme_finds_the_packaged_accelerate_configs(capsys):
@@ -472,6 +483,6 @@ def test_the_readme_finds_the_packaged_accelerate_configs(capsys):
     ((code, folder),) = re.findall(r"^CONFIGS=\$\(python -c '(.*)'\)(.*)$", readme, re.MULTILINE)
     exec(code, {})
     found = capsys.readouterr().out.strip() + folder
-    launched = set(re.findall(r"\$CONFIGS/(\S+\.yaml)", readme))
-    assert launched
-    assert all((Path(found) / name).is_file() for name in launched)
+    named = set(re.findall(r"\$CONFIGS/(\S+\.yaml)", readme))
+    assert named
+    assert all((Path(found) / name).is_file() for name in named)
