@@ -128,7 +128,7 @@ class DeltaLlavaTrainingArguments(transformers.TrainingArguments):
     # Those of transformers whose type or default is another here.
     remove_unused_columns: bool = setting(False, "Always false: the collator needs the columns with pictures.")
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = setting(
-        "random", "Order of the rows; group_by_length fills a step with rows of one modality and similar length."
+        "random", "Order of the rows; group_by_length fills a step with rows of similar length."
     )
     report_to: list[str] = setting(["none"], "Loggers: none, all, or their names.")
     debug: str = setting("", "underflow_overflow: look for NaN and infinity in activations.")
