@@ -23,10 +23,10 @@ import torch
 from common import machine, parser, print_table, ratio, start, write_result
 from finetuning import write_data
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.training_layout import TrainingLayout, write_base_model, write_json, write_stage1, write_tower
 
+ROOT = Path(__file__).resolve().parents[1]
 NUM_VISUAL_TOKENS = 144
 
 
@@ -62,7 +62,9 @@ def write_start(folder: Path, arguments: argparse.Namespace) -> None:
     write_tower(folder / "tower", layout, seed=arguments.seed + 2, dtype=torch.float16)
     write_stage1(folder / "stage1", layout, tower=folder / "tower", seed=arguments.seed + 3)
     parts = ("--base-model", "language_model", "--vision-tower", "tower")
-    command(["-m", "delta_llava", "convert", "stage1", "model", *parts], folder, sys.executable, ROOT, arguments.threads)
+    command(
+        ["-m", "delta_llava", "convert", "stage1", "model", *parts], folder, sys.executable, ROOT, arguments.threads
+    )
     config = folder / "model" / "config.json"
     write_json(config, json.loads(config.read_text()) | {"drop_path_rate": 0.0})
     write_data(folder / "data", arguments.steps * arguments.batch_size, 32, arguments.seed)

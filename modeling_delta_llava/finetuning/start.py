@@ -296,9 +296,10 @@ def check_adapter(folder: Path, model: ModelArguments) -> None:
     for name in (*wanted, *(stored.keys() - wanted.keys())):
         was, now = stored.get(name), wanted.get(name)
         if was != now and (was or now) and name not in FREE_ADAPTER_FIELDS:
+            values = f"{printable(str(was))} there, {printable(str(now))} in this run"
             raise UserError(
-                f"model: {folder} is a LoRA adapter of another {ADAPTER_SETTINGS.get(name, name)} ({printable(str(was))} "
-                f"there, {printable(str(now))} in this run); give the settings it was trained with, or {merging(folder)}"
+                f"model: {folder} is a LoRA adapter of another {ADAPTER_SETTINGS.get(name, name)} ({values}); give the "
+                f"settings it was trained with, or {merging(folder)}"
             )
 
 

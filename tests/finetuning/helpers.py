@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from transformers import TrainerCallback
 
 from modeling_delta_llava.finetuning.run import prepare
 
@@ -24,6 +25,13 @@ class Recorder:
         (budget,) = {example.num_visual_tokens for example in examples}
         self.budgets.append(budget)
         return self.collator(examples)
+
+
+class LastGradients(TrainerCallback):
+    """Keeps the gradients of the last step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients = {name: item.grad.clone() for name, item in model.named_parameters() if item.grad is not None}
 
 
 def trained(arguments):
