@@ -298,8 +298,8 @@ def check_adapter(folder: Path, model: ModelArguments) -> None:
         if was != now and (was or now) and name not in FREE_ADAPTER_FIELDS:
             values = f"{printable(str(was))} there, {printable(str(now))} in this run"
             raise UserError(
-                f"model: {folder} is a LoRA adapter of another {ADAPTER_SETTINGS.get(name, name)} ({values}); give the "
-                f"settings it was trained with, or {merging(folder)}"
+                f"model: {folder} is a LoRA adapter of another {ADAPTER_SETTINGS.get(name, name)} ({values}); give "
+                f"the settings it was trained with, or {merging(folder)}"
             )
 
 
