@@ -2,8 +2,8 @@
 
 Their `train()` is called as it is, with its command line behind this file's name. It is imported from a checkout of
 github.com/mzamini92/Delta-LLaVA on PYTHONPATH; none of their code is in this repository. What an exact comparison
-needs is set from outside: rows in the order of the file, no stochastic depth, and the vision tower in fp32, which their
-loop puts into half precision unless bf16 is asked for. The losses go to `losses.json` in the run's folder.
+needs is set from outside: rows in the order of the file, no stochastic depth, and a vision tower in fp32, where their
+loop has half precision unless bf16 is asked for. The losses go to `losses.json` in the run's folder.
 """
 
 import json
