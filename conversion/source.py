@@ -20,7 +20,7 @@ from torch import Tensor
 
 from delta_llava.errors import UserError, reason
 from modeling_delta_llava.conversion.tables import describe_keys
-from modeling_delta_llava.json_files import read_json
+from modeling_delta_llava.json_files import ADAPTED_CONFIG, read_json
 from modeling_delta_llava.sources import file_inside, read_weight_map
 
 STAGE2, STAGE1, LORA, FINETUNED = "stage2", "stage1", "lora", "finetuned"
@@ -365,7 +365,8 @@ def open_source(folder: Path, form: str | None = None) -> Source:
         if adapter is not None:
             weights.notes.append(f"{adapter} is not used: the weights are converted without the adapter")
     if form == LORA and not (folder / "config.json").exists():
-        config = {}
+        ours = (folder / ADAPTED_CONFIG).exists()
+        config = read_json(file_inside(folder, ADAPTED_CONFIG, "SOURCE")) if ours else {}
     else:
         config = read_json(file_inside(folder, "config.json", "SOURCE"))
         if config.get("model_type") not in ("delta_llava", "llava") and not config.get("mm_vision_tower"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from delta_llava.errors import UserError, printable, reason, told
 
-from .json_files import check_files, check_sizes, read_json
+from .json_files import ADAPTER_CONFIG, check_files, check_sizes, read_json
 from .sources import local_folder
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -96,7 +96,7 @@ def model_folder(model: str, revision: str | None = None, weights: bool = True) 
     folder = local_folder(model, "MODEL", revision, weights)
     check_files(folder)
     settings = folder / "config.json"
-    if not settings.is_file():
+    if not settings.is_file() and not (folder / ADAPTER_CONFIG).is_file():
         raise UserError(f"{model} has no config.json: give the folder that `delta-llava convert` wrote")
     config = read_json(settings)
     if "mm_vision_tower" in config:

@@ -22,9 +22,13 @@ MAX_BYTES = {
     "chat_template.jinja": MIB,
 }
 MAX_OTHER_BYTES = 8 * MIB
+ADAPTER_CONFIG = "adapter_config.json"
+# Beside an adapter, what `config.json` is beside whole weights. By that name transformers would look for such weights
+# in the folder; without it, it loads the base model and puts the adapter on it.
+ADAPTED_CONFIG = "model_config.json"
 # What else it reads.
 SMALL_FILES = (
-    *("config.json", "generation_config.json", "adapter_config.json", "preprocessor_config.json"),
+    *("config.json", "generation_config.json", ADAPTER_CONFIG, ADAPTED_CONFIG, "preprocessor_config.json"),
     *("processor_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.json", "video_preprocessor_config.json"),
 )
@@ -43,11 +47,18 @@ MAX_VALUES = tuple(
 )
 
 
+def merging(adapter: Path) -> str:
+    """What to do about an adapter where a whole model is needed, as part of a line."""
+    return f"merge it with `delta-llava convert {adapter} OUTPUT --base-model BASE` and give OUTPUT"
+
+
 def check_file(path: Path) -> None:
     """Raises `UserError` unless `path` is a regular file (or a link to one) of the size that its name allows."""
     try:
         found = path.stat()
     except FileNotFoundError:
+        if path.name == "config.json" and (path.parent / ADAPTER_CONFIG).exists():
+            raise UserError(f"{path.parent} is a LoRA adapter, no whole model: {merging(path.parent)}") from None
         raise UserError(f"{path} is missing: copy or download the folder again") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions and its disk") from error

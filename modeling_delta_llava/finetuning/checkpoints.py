@@ -15,6 +15,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from delta_llava.errors import UserError
 
+from ..json_files import ADAPTED_CONFIG, ADAPTER_CONFIG
+
 # Leading underscores: `Trainer.push_to_hub` leaves such files out, and no checkpoint search finds them.
 UNFINISHED_FOLDER = "_unfinished"
 # Inside it: a result that is whole and only has to be moved.
@@ -246,7 +248,8 @@ def check_readable(folder: Path) -> None:
     Raises:
         OSError, SafetensorError, ValueError: one of them is missing or damaged.
     """
-    AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    name = ADAPTED_CONFIG if (folder / ADAPTER_CONFIG).is_file() else "config.json"
+    AutoConfig.from_pretrained(str(folder / name), trust_remote_code=False)
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt"):
             pass

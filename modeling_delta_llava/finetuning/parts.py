@@ -83,19 +83,37 @@ def set_trained(model: nn.Module, arguments: ModelArguments) -> None:
             parameter.requires_grad_(trained[part_of(name)] and not unread)
 
 
+def lora_config(arguments: ModelArguments) -> Any:
+    """PEFT's settings of LoRA on the language model's linear layers; the projector is trained in full beside it.
+
+    Raises:
+        UserError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise UserError("lora_rank needs the `peft` package; pip install peft") from None
+    targets = "|".join(re.escape(name) for name in sorted(set(arguments.lora_target_modules)))
+    return LoraConfig(
+        r=arguments.lora_rank,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=rf"model\.language_model\.(?:.*\.)?(?:{targets})",
+        modules_to_save=[PROJECTOR_MODULE] if arguments.train_projector else None,
+        task_type="CAUSAL_LM",
+    )
+
+
 def with_lora(model: nn.Module, arguments: ModelArguments, gradient_checkpointing: bool) -> Any:
-    """The model with LoRA on the language model's linear layers; the projector is trained in full beside it.
+    """The model with the new adapter of [`lora_config`].
 
     Raises:
         UserError: peft is not installed, or no layer has one of the target names.
     """
-    try:
-        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    except ImportError:
-        raise UserError("lora_rank needs the `peft` package; pip install peft") from None
-    targets = "|".join(re.escape(name) for name in arguments.lora_target_modules)
-    pattern = rf"model\.language_model\.(?:.*\.)?(?:{targets})"
-    if not any(re.fullmatch(pattern, name) for name, _ in model.named_modules()):
+    config = lora_config(arguments)
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    if not any(re.fullmatch(config.target_modules, name) for name, _ in model.named_modules()):
         raise UserError(
             f"lora_target_modules: the language model has no layer named {', '.join(arguments.lora_target_modules)}; "
             "give the names of its linear layers"
@@ -106,12 +124,4 @@ def with_lora(model: nn.Module, arguments: ModelArguments, gradient_checkpointin
             use_gradient_checkpointing=gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False},
         )
-    config = LoraConfig(
-        r=arguments.lora_rank,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        target_modules=pattern,
-        modules_to_save=[PROJECTOR_MODULE] if arguments.train_projector else None,
-        task_type="CAUSAL_LM",
-    )
     return get_peft_model(model, config)

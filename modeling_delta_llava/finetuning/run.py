@@ -36,6 +36,7 @@ from .start import (
     check_default_budget,
     compose,
     load_model,
+    place_adapter,
     read_start,
 )
 from .trainer import DeltaLlavaTrainer
@@ -196,7 +197,7 @@ def prepare(arguments: RunArguments) -> tuple[DeltaLlavaTrainer, Path | None]:
     if model_arguments.lora_rank:
         transformers.set_seed(training.seed)  # as `Trainer` does, but only after the adapter is drawn
         model = with_lora(model, model_arguments, gradient_checkpointing=bool(training.gradient_checkpointing))
-        model.peft_config["default"].base_model_name_or_path = model_arguments.model or str(folder)
+        place_adapter(model, folder, model_arguments)
     callbacks = []
     if training.early_stopping_patience is not None:
         callbacks = [

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 from transformers.integrations import deepspeed as deepspeed_integration
 
-from delta_llava.errors import UserError, told
+from delta_llava.errors import UserError, printable, told
 
 from ..building import (
     backbone_chat_template,
@@ -25,19 +26,26 @@ from ..building import (
 from ..configuration_delta_llava import DeltaLlavaConfig
 from ..folders import atomic_folder
 from ..foreign_code import refuse_foreign_code, strip_foreign_code
-from ..json_files import check_files, check_sizes, read_json
+from ..json_files import ADAPTED_CONFIG, ADAPTER_CONFIG, check_files, check_sizes, merging, read_json
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
 from ..projector_delta_llava import DeltaLlavaProjector
-from ..sources import local_folder
+from ..sources import file_inside, is_hub_id, local_folder
 from .arguments import DataArguments, DeltaLlavaTrainingArguments, ModelArguments
 from .checkpoints import SETTINGS_FILE, read_stored_settings, write_settings
-from .parts import NOT_QUANTIZED, PROJECTOR_MODULE
+from .parts import NOT_QUANTIZED, PROJECTOR_MODULE, lora_config
 
 logger = logging.getLogger(__name__)
 
 # A name with a leading underscore: `Trainer.push_to_hub` leaves such files out.
 BASE_FOLDER = "_base"
+# What a run may have otherwise than the adapter that it starts from: none of it changes what the weights mean.
+FREE_ADAPTER_FIELDS = (
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout"),
+    *("peft_version", "revision", "task_type"),
+)
+# PEFT's names of what this package's settings decide.
+ADAPTER_SETTINGS = {"r": "lora_rank", "target_modules": "lora_target_modules", "modules_to_save": "train_projector"}
 
 
 def read_config(folder: Path, what: str) -> Any:
@@ -259,6 +267,78 @@ def quantization_config(model: ModelArguments, training: DeltaLlavaTrainingArgum
     )
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a LoRA adapter, such as a run with `lora_rank` leaves."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def base_folder(folder: Path, weights: bool = True) -> Path:
+    """The folder of the whole model: `folder`, or the base model of the adapter that it holds.
+
+    Raises:
+        UserError: the adapter names no base model, or one that is not there.
+    """
+    if not is_adapter(folder):
+        return folder
+    file = folder / ADAPTER_CONFIG
+    stored = read_json(file)
+    name, revision = stored.get("base_model_name_or_path"), stored.get("revision")
+    if not isinstance(name, str) or not isinstance(revision, str | None):
+        raise UserError(f"model: {file} names no base model; put its folder or Hub id under base_model_name_or_path")
+    return local_folder(name, f"the base_model_name_or_path of {file},", revision, weights)
+
+
+def check_adapter(folder: Path, model: ModelArguments) -> None:
+    """Raises `UserError` unless a run's settings make an adapter like the one in a folder."""
+    if not model.lora_rank:
+        raise UserError(f"model: {folder} is a LoRA adapter; set lora_rank to train it further, or {merging(folder)}")
+    stored, wanted = read_json(folder / ADAPTER_CONFIG), lora_config(model).to_dict()
+    for name in (*wanted, *(stored.keys() - wanted.keys())):
+        was, now = stored.get(name), wanted.get(name)
+        if was != now and (was or now) and name not in FREE_ADAPTER_FIELDS:
+            values = f"{printable(str(was))} there, {printable(str(now))} in this run"
+            raise UserError(
+                f"model: {folder} is a LoRA adapter of another {ADAPTER_SETTINGS.get(name, name)} ({values}); give "
+                f"the settings it was trained with, or {merging(folder)}"
+            )
+
+
+def place_adapter(adapted: Any, folder: Path, model: ModelArguments) -> None:
+    """Names the base model in a new adapter, and gives it the weights of the adapter that the run starts from, if any.
+
+    Args:
+        adapted: the `PeftModel`.
+        folder: what the run starts from.
+    Raises:
+        UserError: the weights of the adapter in `folder` cannot be read, or do not fit.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    config = adapted.peft_config["default"]
+    if not is_adapter(folder):
+        name = model.model or str(folder)
+        # A relative path would lead elsewhere from another folder.
+        config.base_model_name_or_path = name if is_hub_id(name) else str(Path(name).expanduser().absolute())
+        config.revision = model.model_revision
+        return
+    stored = read_json(folder / ADAPTER_CONFIG)
+    config.base_model_name_or_path, config.revision = stored["base_model_name_or_path"], stored.get("revision")
+    with told(f"model: the adapter in {folder} cannot be loaded", "copy or download the folder again"):
+        weights = load_file(file_inside(folder, "adapter_model.safetensors", "--model"))
+        different = weights.keys() ^ get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+        if different:
+            raise ValueError(f"{len(different)} weights are missing or do not belong to it, such as {min(different)}")
+        set_peft_model_state_dict(adapted, weights)
+
+
+def default_budget(folder: Path, model: ModelArguments) -> int | None:
+    """The budget that a run sets as the model's default, if any: the one asked for, or that of the adapter it starts
+    from."""
+    if model.num_visual_tokens is None and is_adapter(folder) and (folder / ADAPTED_CONFIG).is_file():
+        return read_json(folder / ADAPTED_CONFIG).get("num_visual_tokens")
+    return model.num_visual_tokens
+
+
 def load_processor(folder: Path, model: ModelArguments, data: DataArguments) -> DeltaLlavaProcessor:
     """The processor in a Delta-LLaVA folder, with the run's budget and picture padding.
 
@@ -282,10 +362,8 @@ def read_model_config(folder: Path) -> DeltaLlavaConfig:
     """The config of a Delta-LLaVA folder.
 
     Raises:
-        UserError: the folder holds another kind of model, an adapter, or code that is not this package's.
+        UserError: the folder holds another kind of model, or code that is not this package's.
     """
-    if (folder / "adapter_config.json").is_file():
-        raise UserError(f"model: {folder} is a LoRA adapter; merge it first with `delta-llava convert`")
     config = read_config(folder, "model")
     if config.model_type != DeltaLlavaConfig.model_type:
         raise UserError(
@@ -306,10 +384,14 @@ def read_start(model: ModelArguments, data: DataArguments) -> tuple[DeltaLlavaCo
         parts = read_base_parts(model, data, weights=False)
         return parts.config, parts.processor
     folder = local_folder(model.model, "--model", model.model_revision, weights=False)
-    config = read_model_config(folder)
-    if model.num_visual_tokens is not None:
-        check_budgets(config, [model.num_visual_tokens])
-        config.num_visual_tokens = model.num_visual_tokens
+    if is_adapter(folder):
+        check_adapter(folder, model)
+        refuse_foreign_code(folder)
+    config = read_model_config(base_folder(folder, weights=False))
+    budget = default_budget(folder, model)
+    if budget is not None:
+        check_budgets(config, [budget])
+        config.num_visual_tokens = budget
     return config, load_processor(folder, model, data)
 
 
@@ -325,7 +407,7 @@ def check_default_budget(config: DeltaLlavaConfig, budgets: list[int] | None) ->
 def load_model(
     folder: Path, model: ModelArguments, training: DeltaLlavaTrainingArguments
 ) -> DeltaLlavaForConditionalGeneration:
-    """The model in a Delta-LLaVA folder, in the dtypes that training needs.
+    """The model in a Delta-LLaVA folder, or the base model of an adapter, in the dtypes that training needs.
 
     Raises:
         UserError: weights are missing, or cannot be read.
@@ -341,11 +423,12 @@ def load_model(
     advice = "check its weight files, --attn_implementation and --quantization"
     with told(f"model: {folder} cannot be loaded", advice), kept_in_fp32(modules):
         loaded, report = DeltaLlavaForConditionalGeneration.from_pretrained(
-            str(folder), dtype=dtype, output_loading_info=True, **settings
+            str(base_folder(folder)), dtype=dtype, output_loading_info=True, **settings
         )
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(f"model: {folder} lacks {len(missing)} weights, such as {missing[0]}; convert it again")
-    if model.num_visual_tokens is not None:
-        loaded.config.num_visual_tokens = model.num_visual_tokens
+    budget = default_budget(folder, model)
+    if budget is not None:
+        loaded.config.num_visual_tokens = budget
     return loaded

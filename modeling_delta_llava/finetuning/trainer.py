@@ -22,6 +22,7 @@ from transformers.utils import PushInProgress
 from delta_llava.errors import UserError, reason
 
 from ..card import EXAMPLE, trained_card
+from ..json_files import ADAPTED_CONFIG, ADAPTER_CONFIG
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from .arguments import DeltaLlavaTrainingArguments
 from .checkpoints import (
@@ -505,11 +506,11 @@ class DeltaLlavaTrainer(Trainer):
         if self.args.should_save:
             # A pickle of every argument, with this machine's paths and name. `write_settings` stores what can be read.
             (folder / TRAINING_ARGS_FILE).unlink(missing_ok=True)
-            if not (folder / "config.json").is_file():
-                # Beside an adapter, for `convert`: it merges into the weights as they were before quantisation.
+            if (folder / ADAPTER_CONFIG).is_file():
+                # For `convert`, which merges into the weights as they were before quantisation, and for another run.
                 config = copy.deepcopy(self.model.config)
                 vars(config).pop("quantization_config", None)
-                config.save_pretrained(folder)
+                config.to_json_file(folder / ADAPTED_CONFIG)
             write_settings(folder, self.settings)
             self._write_card(folder)
 

@@ -30,6 +30,13 @@ class BudgetRecorder(TrainerCallback):
         self.budgets.append(self._batch)
 
 
+class LastGradients(TrainerCallback):
+    """Keeps the gradients of the last step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients = {name: item.grad.clone() for name, item in model.named_parameters() if item.grad is not None}
+
+
 def trained(arguments):
     """Runs the training and gives the trainer back."""
     trainer, checkpoint = prepare(arguments)

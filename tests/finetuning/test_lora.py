@@ -1,16 +1,26 @@
 """LoRA and QLoRA: what trains, what is saved, and that merging it back computes the same."""
 
+import re
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import TrainerCallback
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, pipeline
 
 from delta_llava import cli
+from delta_llava.errors import UserError
+from modeling_delta_llava.finetuning.arguments import build_arguments
+from modeling_delta_llava.finetuning.check_data import check_data
 from modeling_delta_llava.finetuning.parts import LANGUAGE_MODEL, LORA, PROJECTOR, count_parts, part_of
 from modeling_delta_llava.finetuning.run import prepare, run
+from modeling_delta_llava.json_files import read_json, write_json
 from modeling_delta_llava.modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from modeling_delta_llava.processing_delta_llava import DeltaLlavaProcessor
 from tests import tiny
-from tests.finetuning.helpers import losses, trained, weights
+from tests.finetuning.conftest import EXACT
+from tests.finetuning.helpers import LastGradients, losses, python, trained, weights
 
 LORA_SETTINGS = {
     "train_language_model": False,
@@ -59,22 +69,161 @@ def test_adapter_and_projector_train_and_are_merged_by_convert(arguments, exact_
         assert all("_proj." in name for name in changed if part_of(name) == LANGUAGE_MODEL)
 
 
-def test_adapter_is_loaded_by_peft(arguments, exact_folder):
+@pytest.fixture(scope="module")
+def adapter(exact_folder, data_folder, tmp_path_factory):
+    """The folder of a LoRA run, and the logits of the model in the run's memory."""
+    folder = tmp_path_factory.mktemp("lora") / "run"
+    settings = {
+        **EXACT,
+        **LORA_SETTINGS,
+        "learning_rate": 1e-2,
+        "model": str(exact_folder),
+        "data_path": str(data_folder / "data.json"),
+        "image_folder": str(data_folder / "images"),
+        "output_dir": str(folder),
+        "trial_save": True,
+    }
+    trainer = trained(build_arguments(settings))
+    trainer.save_model()
+    return folder, logits(trainer.model, exact_folder)
+
+
+def test_adapter_is_loaded_by_peft(adapter, exact_folder):
     from peft import PeftModel
 
-    folder = run(arguments(**LORA_SETTINGS, max_steps=2))
+    folder, expected = adapter
     base = DeltaLlavaForConditionalGeneration.from_pretrained(exact_folder, dtype=torch.float32)
-    plain = logits(base, exact_folder)
+    assert not torch.allclose(logits(base, exact_folder), expected)
     adapted = PeftModel.from_pretrained(base, folder)
     assert adapted.peft_config["default"].base_model_name_or_path == str(exact_folder)
-    assert not torch.allclose(logits(adapted, exact_folder), plain)
+    torch.testing.assert_close(logits(adapted, exact_folder), expected, atol=1e-6, rtol=1e-6)
 
 
-class LastGradients(TrainerCallback):
-    """Keeps the gradients of the last step."""
+def test_adapter_is_loaded_by_transformers(adapter):
+    """The base model, with the adapter and the trained projector on it, by a model class and by `pipeline`."""
+    folder, expected = adapter
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    assert type(model) is DeltaLlavaForConditionalGeneration
+    torch.testing.assert_close(logits(model, folder), expected, atol=1e-6, rtol=1e-6)
+    answering = pipeline("image-text-to-text", model=str(folder), dtype=torch.float32)
+    torch.testing.assert_close(logits(answering.model, folder), expected, atol=1e-6, rtol=1e-6)
+    answer = answering(images=[tiny.picture("red")], text="<image>\nWhat is it?", max_new_tokens=2)
+    assert answer[0]["generated_text"]
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradients = {name: item.grad.clone() for name, item in model.named_parameters() if item.requires_grad}
+
+REMOTE = """
+import sys
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+folder, output = sys.argv[1:]
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+inputs = processor(images=[Image.new("RGB", (40, 30), "red")], text="<image>\\nWhat is it?", return_tensors="pt")
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+answering = pipeline("image-text-to-text", model=folder, trust_remote_code=True, dtype=torch.float32)
+assert "modeling_delta_llava" not in sys.modules
+with torch.no_grad():
+    torch.save([loaded.eval()(**inputs).logits for loaded in (model, answering.model)], output)
+"""
+
+
+def test_adapter_is_loaded_without_the_package(adapter, tmp_path):
+    folder, expected = adapter
+    modules = str(tmp_path / "modules")
+    ended = python("-c", REMOTE, folder, tmp_path / "logits.pt", cwd=tmp_path, HF_MODULES_CACHE=modules)
+    assert ended.returncode == 0, ended.stderr
+    for found in torch.load(tmp_path / "logits.pt"):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_a_run_starts_from_an_adapter(adapter, arguments, exact_folder, tmp_path, capsys):
+    """It goes on with adapter and projector; its result names the same base model, and loads and merges alike."""
+    folder, before = adapter
+    settings = {**LORA_SETTINGS, "model": str(folder), "lora_dropout": 0.1, "learning_rate": 1e-2, "max_steps": 2}
+    trainer, _ = prepare(arguments(**settings))
+    torch.testing.assert_close(logits(trainer.model, folder), before, atol=1e-6, rtol=1e-6)
+    assert {count.part for count in count_parts(trainer.model) if count.trained} == {LORA, PROJECTOR}
+    trainer.train()
+    trainer.save_model()
+    expected = logits(trainer.model, folder)
+    assert not torch.allclose(expected, before, atol=1e-2)
+    stored = read_json(tmp_path / "run" / "adapter_config.json")
+    assert (stored["base_model_name_or_path"], stored["lora_dropout"]) == (str(exact_folder), 0.1)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "run", dtype=torch.float32)
+    torch.testing.assert_close(logits(loaded, tmp_path / "run"), expected, atol=1e-6, rtol=1e-6)
+    merge = ["convert", str(tmp_path / "run"), str(tmp_path / "merged"), "--base-model", str(exact_folder)]
+    assert cli.main(merge) == 0, capsys.readouterr().err
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged, tmp_path / "merged"), expected, atol=2e-5, rtol=1e-4)
+    assert "Memory of one device" in check_data(arguments(**settings, output_dir=str(tmp_path / "checked")))
+
+
+CONTRADICTIONS = {
+    "rank": ({"lora_rank": 8}, "another lora_rank (4 there, 8 in this run)"),
+    "scale": ({"lora_alpha": 16}, "another lora_alpha (8 there, 16 in this run)"),
+    "layers": ({"lora_target_modules": ["q_proj"]}, "another lora_target_modules ("),
+    "projector": ({"train_projector": False}, "another train_projector ("),
+    "no LoRA": ({"lora_rank": 0, "train_language_model": True}, "is a LoRA adapter; set lora_rank"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_settings_that_contradict_the_adapter_are_refused(adapter, arguments, tmp_path, changes, message):
+    settings = {**LORA_SETTINGS, **changes, "model": str(adapter[0])}
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        prepare(arguments(**settings))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_adapter_is_one_line(adapter, arguments, tmp_path):
+    folder = shutil.copytree(adapter[0], tmp_path / "damaged")
+    settings = {**LORA_SETTINGS, "model": str(folder)}
+    state = load_file(folder / "adapter_model.safetensors")
+    dropped = min(state)
+    save_file({name: item for name, item in state.items() if name != dropped}, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=f"1 weights are missing or do not belong to it, such as {re.escape(dropped)}"):
+        prepare(arguments(**settings))
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"the adapter in .* cannot be loaded .*: copy or download the folder again"):
+        prepare(arguments(**settings))
+    stored = read_json(folder / "adapter_config.json")
+    write_json(folder / "adapter_config.json", stored | {"base_model_name_or_path": str(tmp_path / "moved")})
+    with pytest.raises(UserError, match=r"the base_model_name_or_path of .*_config.json, .*moved does not exist"):
+        prepare(arguments(**settings))
+
+
+def test_commands_for_whole_models_say_that_it_is_an_adapter(adapter, tmp_path, capsys):
+    folder = str(adapter[0])
+    before = {path.name: path.read_bytes() for path in adapter[0].iterdir() if path.is_file()}
+    output = str(tmp_path / "output")
+    for command in (
+        ["ask", folder, "hello"],
+        ["card", folder],
+        ["quantize", folder, output],
+        ["export", folder, output],
+    ):
+        assert cli.main(command) == 2
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"{folder} is a LoRA adapter, no whole model: merge it with `delta-llava convert" in message
+    assert cli.main(["publish", folder, "you/my-model", "--dry-run"]) == 2
+    assert "cannot be published: config.json is missing" in capsys.readouterr().err
+    assert before == {path.name: path.read_bytes() for path in adapter[0].iterdir() if path.is_file()}
+    assert not Path(output).exists()
+
+
+def test_the_budget_of_the_run_goes_with_the_adapter(arguments, exact_folder, tmp_path, capsys):
+    """`convert` and a further run take it over; `from_pretrained` takes the base model's, or the one it is given."""
+    folder = run(arguments(**LORA_SETTINGS, max_steps=1, num_visual_tokens=16))
+    merge = ["convert", str(folder), str(tmp_path / "merged"), "--base-model", str(exact_folder)]
+    assert cli.main(merge) == 0, capsys.readouterr().err
+    config = read_json(tmp_path / "merged" / "config.json")
+    assert (config["num_visual_tokens"], config["trained_num_visual_tokens"]) == (16, [16])
+    further, _ = prepare(arguments(**LORA_SETTINGS, model=str(folder), output_dir=str(tmp_path / "further")))
+    assert further.model.config.num_visual_tokens == further.processing_class.num_visual_tokens == 16
+    assert AutoModelForImageTextToText.from_pretrained(folder).config.num_visual_tokens == 4
+    assert AutoModelForImageTextToText.from_pretrained(folder, num_visual_tokens=16).config.num_visual_tokens == 16
 
 
 def test_gradient_checkpointing_leaves_the_gradients_as_they_are(arguments, tmp_path):
@@ -96,6 +245,7 @@ def test_gradient_checkpointing_leaves_the_gradients_as_they_are(arguments, tmp_
     plain, checkpointed = (kept[checkpointing].gradients for checkpointing in (False, True))
     assert {part_of(name) for name in plain} == {LORA, PROJECTOR}
     assert plain.keys() == checkpointed.keys()
+    assert plain.keys() == {name for name, item in trainer.model.named_parameters() if item.requires_grad}
     for name, gradient in plain.items():
         assert gradient.abs().sum() > 0, name
         assert torch.allclose(checkpointed[name], gradient, atol=1e-6, rtol=1e-4), name

@@ -52,7 +52,7 @@ def plain_step(arguments):
 
 
 def test_ddp_and_fsdp2_equal_one_process(settings, arguments, data_folder, tmp_path):
-    """DDP: plain, elastic with accumulation, and resumed. FSDP2: a step on a mesh, and the gathered save.
+    """DDP: plain, elastic with accumulation, and resumed. FSDP2: a step on a mesh, the gathered save, and evaluation.
 
     A stream is repeated in whole steps, every rank loads the best weights, and rows left out on any rank are named.
     """
@@ -69,6 +69,10 @@ def test_ddp_and_fsdp2_equal_one_process(settings, arguments, data_folder, tmp_p
     broken = write_data(tmp_path / "broken")
     for name in ("0.png", "4.png"):  # rows 0 and 4 go to different ranks below
         (tmp_path / "broken" / "images" / name).write_text("no picture")
+    held_out = [rows[number] for number in (0, 1, 3, 7)]
+    assert ["image" in row for row in held_out] == [True, True, False, False]  # the second rank gets no picture
+    (tmp_path / "held_out.json").write_text(json.dumps(held_out))
+    evaluated = {"eval_data_path": str(tmp_path / "held_out.json"), "per_device_eval_batch_size": 2}
     best = {
         "eval_strategy": "steps",
         "eval_steps": 2,
@@ -105,6 +109,7 @@ def test_ddp_and_fsdp2_equal_one_process(settings, arguments, data_folder, tmp_p
                 "output_dir": str(tmp_path / "skipping"),
             },
         },
+        {"theme": "evaluate", "settings": {**common, **evaluated, "output_dir": str(tmp_path / "evaluated")}},
     ]
     for number, theme in enumerate(themes):
         theme["result"] = str(tmp_path / f"result{number}")
@@ -141,6 +146,9 @@ def test_ddp_and_fsdp2_equal_one_process(settings, arguments, data_folder, tmp_p
     first = str(tmp_path / "best" / "checkpoint-2")  # the highest loss was asked for
     assert torch.load(themes[5]["result"])["best"] == (first, first)
     assert_same_weights(saved_weights(tmp_path / "best"), saved_weights(first), atol=0, rtol=0)
+
+    one, _ = prepare(arguments(**evaluated, output_dir=str(tmp_path / "evaluated-one")))
+    assert torch.load(themes[7]["result"]) == pytest.approx(one.evaluate()["eval_loss"], rel=1e-5)
 
     named = " ".join(line for line in log.splitlines() if line.startswith("left out: "))
     assert sorted(re.findall(r"images/(\d)\.png", named)) == ["0", "4"]

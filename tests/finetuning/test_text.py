@@ -72,6 +72,8 @@ TURNS = {
     "short answers": [("<image>\nAre there people?", "Yes"), ("How many?", "3")],
     "only an image": [("<image>", "A cat.")],
     "spaces and code": [("<image>\nTranscribe   the code:", "def f(x):\n    return x\t+ 1\n")],
+    # Of these the released code learns nothing, or ASSISTANT: too.
+    "the prompt's own word": [("What does ASSISTANT: mean?", "A mark."), ("Say ASSISTANT:", "No.")],
     "other scripts": [("<image>\n这是什么？ Опиши 🐈", "кошка 🐈.")],
 }
 

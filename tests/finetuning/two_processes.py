@@ -43,21 +43,37 @@ def whole_run(settings, result):
     run(build_arguments(settings))
 
 
-def shard(settings, result):
-    """One step with FSDP2 on a mesh of CPUs, and the gathered state saved by the trainer."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+def shard_model(model):
+    """Shards a model with FSDP2 on a mesh of CPUs, as accelerate does it on devices."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    trainer, _ = prepare(build_arguments(settings))
-    model = trainer.model.train()
     mesh = init_device_mesh("cpu", (2,))
     for module in model.modules():
         if type(module).__name__ in model._no_split_modules:
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def evaluate(settings, result):
+    """Evaluation of a sharded model: a rank that skipped a part of it would leave the other one waiting for ever."""
+    trainer, _ = prepare(build_arguments(settings))
+    shard_model(trainer.model)
+    metrics = trainer.evaluate()
+    if dist.get_rank() == 0:
+        torch.save(metrics["eval_loss"], result)
+    dist.barrier()
+
+
+def shard(settings, result):
+    """One step with FSDP2 on a mesh of CPUs, and the gathered state saved by the trainer."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    trainer, _ = prepare(build_arguments(settings))
+    model = trainer.model.train()
+    shard_model(model)
     optimizer = torch.optim.AdamW([item for item in model.parameters() if item.requires_grad], lr=1e-3, weight_decay=0)
     rows = [trainer.train_dataset[index] for index in range(8)]
     batch, _ = trainer.expanded(trainer.data_collator(rows[dist.get_rank() :: 2]), model.config.num_visual_tokens)
@@ -83,7 +99,8 @@ def main():
             if dist.get_rank() == 0:
                 shutil.rmtree(theme["forget"])
             dist.barrier()
-        {"train": train, "run": whole_run, "shard": shard}[theme["theme"]](theme["settings"], theme["result"])
+        run_theme = {"train": train, "run": whole_run, "shard": shard, "evaluate": evaluate}[theme["theme"]]
+        run_theme(theme["settings"], theme["result"])
     dist.barrier()  # gloo aborts a process that leaves while another still talks to it
     dist.destroy_process_group()
 
