@@ -38,13 +38,18 @@ def saved_weights(folder):
     return weights(DeltaLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32))
 
 
+def mean_loss(trainer, indices):
+    """Loss per token of some rows in one batch."""
+    rows = [trainer.train_dataset[index] for index in indices]
+    batch, _ = trainer.expanded(trainer.data_collator(rows), trainer.model.config.num_visual_tokens)
+    return trainer.model(**batch).loss
+
+
 def plain_step(arguments):
     """Loss and weights of one process after a step on the first eight rows."""
     trainer, _ = prepare(arguments)
     model = trainer.model.train()
-    rows = [trainer.train_dataset[index] for index in range(8)]
-    batch, _ = trainer.expanded(trainer.data_collator(rows), model.config.num_visual_tokens)
-    loss = model(**batch).loss
+    loss = mean_loss(trainer, range(8))
     loss.backward()
     trained_weights = [item for item in model.parameters() if item.requires_grad]
     torch.optim.AdamW(trained_weights, lr=1e-3, weight_decay=0).step()
@@ -69,10 +74,17 @@ def test_ddp_and_fsdp2_equal_one_process(settings, arguments, data_folder, tmp_p
     broken = write_data(tmp_path / "broken")
     for name in ("0.png", "4.png"):  # rows 0 and 4 go to different ranks below
         (tmp_path / "broken" / "images" / name).write_text("no picture")
-    held_out = [rows[number] for number in (0, 1, 3, 7)]
-    assert ["image" in row for row in held_out] == [True, True, False, False]  # the second rank gets no picture
+    held_out = [rows[number] for number in (0, 1, 3, 7, 2)]
+    assert ["image" in row for row in held_out[:4]] == [True, True, False, False]  # the second rank gets no picture
     (tmp_path / "held_out.json").write_text(json.dumps(held_out))
-    evaluated = {"eval_data_path": str(tmp_path / "held_out.json"), "per_device_eval_batch_size": 2}
+    evaluated = {
+        "eval_data_path": str(tmp_path / "held_out.json"),
+        "per_device_eval_batch_size": 2,
+        "predict_with_generate": True,
+        "generation_max_new_tokens": 3,
+    }
+    smoothed = {"label_smoothing_factor": 0.1, "max_steps": 2}
+    apart = {"average_tokens_across_devices": False, "train_sampling_strategy": "sequential", "max_steps": 1}
     best = {
         "eval_strategy": "steps",
         "eval_steps": 2,
@@ -110,6 +122,8 @@ def test_ddp_and_fsdp2_equal_one_process(settings, arguments, data_folder, tmp_p
             },
         },
         {"theme": "evaluate", "settings": {**common, **evaluated, "output_dir": str(tmp_path / "evaluated")}},
+        {"theme": "train", "settings": {**common, **smoothed, "output_dir": str(tmp_path / "smoothed")}},
+        {"theme": "train", "settings": {**common, **apart, "output_dir": str(tmp_path / "apart")}},
     ]
     for number, theme in enumerate(themes):
         theme["result"] = str(tmp_path / f"result{number}")
@@ -148,7 +162,15 @@ def test_ddp_and_fsdp2_equal_one_process(settings, arguments, data_folder, tmp_p
     assert_same_weights(saved_weights(tmp_path / "best"), saved_weights(first), atol=0, rtol=0)
 
     one, _ = prepare(arguments(**evaluated, output_dir=str(tmp_path / "evaluated-one")))
-    assert torch.load(themes[7]["result"]) == pytest.approx(one.evaluate()["eval_loss"], rel=1e-5)
+    expected = one.evaluate()
+    names = ("eval_loss", "eval_exact_match")
+    assert torch.load(themes[7]["result"]) == pytest.approx({name: expected[name] for name in names}, rel=1e-5)
+
+    one = trained(arguments(**smoothed, output_dir=str(tmp_path / "smoothed-one")))
+    assert torch.load(themes[8]["result"])["losses"] == pytest.approx(losses(one), rel=1e-5)
+    one, _ = prepare(arguments(output_dir=str(tmp_path / "apart-one")))
+    ranks = [mean_loss(one, range(*rows)).item() for rows in ((0, 2), (2, 4))]
+    assert torch.load(themes[9]["result"])["losses"] == pytest.approx([sum(ranks) / 2], rel=1e-5)
 
     named = " ".join(line for line in log.splitlines() if line.startswith("left out: "))
     assert sorted(re.findall(r"images/(\d)\.png", named)) == ["0", "4"]

@@ -63,7 +63,7 @@ def evaluate(settings, result):
     shard_model(trainer.model)
     metrics = trainer.evaluate()
     if dist.get_rank() == 0:
-        torch.save(metrics["eval_loss"], result)
+        torch.save({name: metrics[name] for name in ("eval_loss", "eval_exact_match")}, result)
     dist.barrier()
 
 
