@@ -172,6 +172,8 @@ REFUSED = {
     "include_for_metrics": "metrics see predictions and references; see metric",
     "batch_eval_metrics": "metrics see all predictions at once; see metric",
     "eval_do_concat_batches": "metrics see all predictions at once; see metric",
+    "eval_use_gather_object": "what evaluation gathers are tensors",
+    "dataloader_drop_last": "rows would be left out of training and evaluation",
     "fp16_full_eval": "transformers ignores it while training; evaluation runs as training does",
     "bf16_full_eval": "transformers ignores it while training; evaluation runs as training does",
     "include_num_input_tokens_seen": "it would count one token for each picture",
@@ -196,7 +198,8 @@ NEEDS = {
     "eval_split": "eval_data_path",
     "eval_strategy": "eval_data_path",
     "eval_on_start": "eval_data_path",
-    "predict_with_generate": "eval_data_path",
+    "eval_data_path": "eval_strategy",
+    "predict_with_generate": "eval_strategy",
     "generation_max_new_tokens": "predict_with_generate",
     "metric": "predict_with_generate",
     "load_best_model_at_end": "eval_strategy",
@@ -235,7 +238,7 @@ LIMITS = {
     "at least -1": (lambda number: number >= -1, "local_rank"),
 }
 # Lists that may also be written as in YAML, [a, b].
-LISTS = ("visual_token_budgets", "visual_token_budget_weights", "lora_target_modules", "report_to", "ignored_keys")
+LISTS = ("visual_token_budgets", "visual_token_budget_weights", "lora_target_modules", "report_to")
 # The name of both that the installed transformers has, the newer where it has both.
 IS_RENAMED = hasattr(transformers.TrainingArguments, "activation_checkpointing")
 CHECKPOINTING = "activation_checkpointing" if IS_RENAMED else "gradient_checkpointing"
@@ -469,6 +472,8 @@ def _check_built(parser: SettingsParser, training: DeltaLlavaTrainingArguments) 
     config = training.accelerator_config
     if config.dispatch_batches or config.split_batches or not config.even_batches:
         parser.error("accelerator_config: every rank reads whole batches, equally many; take its *_batches out")
+    if config.gradient_accumulation_kwargs:
+        parser.error("accelerator_config: set gradient_accumulation_steps in place of gradient_accumulation_kwargs")
     for callback in get_reporting_integration_callbacks(training.report_to):
         callback()
     model = torch.nn.Linear(1, 1)

@@ -86,6 +86,8 @@ def run_identity(model: Any, data: Any, training: Any) -> dict[str, Any]:
     values = {**vars(model), **vars(data), **vars(training)}
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     identity = {name: values[name] for name in IDENTITY}
+    if data.streaming:  # how many read it decides the order of a stream of several files
+        identity["dataloader_num_workers"] = training.dataloader_num_workers
     return identity | {TOTAL_BATCH_SIZE: rows, PROJECTOR_GROUP: training.projector_learning_rate is not None}
 
 
@@ -154,13 +156,29 @@ def check_identity(checkpoint: Path, settings: dict[str, Any]) -> None:
             f"{checkpoint}: no {SETTINGS_FILE}, so this is no checkpoint of `finetune`; give another folder"
         )
     stored = read_stored_settings(checkpoint)
+    if stored.get("save_only_model"):
+        raise UserError(
+            f"{checkpoint} was saved with save_only_model, so without what a run goes on from; start anew with it as "
+            "--model, and another --output_dir"
+        )
     names = [name for name in (*IDENTITY, TOTAL_BATCH_SIZE, PROJECTOR_GROUP) if name in stored]
+    names += ["dataloader_num_workers"] if settings.get("streaming") else []
     different = [name for name in names if stored[name] != settings.get(name)]
     if different:
         name = different[0]
         raise UserError(
             f"{checkpoint} belongs to another run: {', '.join(different)} differ ({name} was {stored.get(name)!r}, "
             f"now {settings.get(name)!r}); give another --output_dir, or the settings of that run"
+        )
+
+
+def check_rows_of_run(checkpoint: Path, rows: int) -> None:
+    """Raises `UserError` when a checkpoint's run had another number of rows, and so another order of them."""
+    had = read_stored_settings(checkpoint).get("rows", rows)
+    if had != rows:
+        raise UserError(
+            f"{checkpoint} belongs to a run of {had:,} rows, and the data now has {rows:,}; give the rows of that "
+            "run, or another --output_dir"
         )
 
 

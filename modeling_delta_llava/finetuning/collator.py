@@ -10,9 +10,9 @@ from PIL import Image
 from delta_llava.errors import UserError
 
 from .arguments import DataArguments
-from .data import place_of, row_of
+from .data import place_of, sample_of
 from .pictures import BrokenImageError, open_image
-from .rows import RowError, Sample, parse_row
+from .rows import RowError, Sample
 from .text import IGNORED_LABEL, ConversationEncoder, EncodedText
 
 # Key of a batch under which the collator names its rows; the trainer takes it off before the model runs.
@@ -94,7 +94,7 @@ class DeltaLlavaCollator:
         Raises:
             RowError, BrokenImageError: it cannot be used.
         """
-        sample = parse_row(row_of(record), self.ignored_keys)
+        sample = sample_of(record, self.ignored_keys)
         images = [open_image(image, self.image_folder, self.max_image_pixels) for image in sample.images]
         text = self.encoder.encode(sample.messages)
         if all(label == IGNORED_LABEL for label in text.labels):

@@ -7,7 +7,7 @@ other data sets keep their columns and get the number of their row. Pictures sta
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from delta_llava.errors import UserError, reason, told
 
 from ..json_files import unique_keys
 from .pictures import BrokenImageError, MissingImageError, image_name, is_missing, picture_file
-from .rows import RowError, parse_row
+from .rows import RowError, Sample, parse_row
 
 try:
     import datasets
@@ -23,9 +23,8 @@ try:
 except ImportError:
     raise UserError("finetuning needs the `datasets` package; pip install 'delta-llava[finetuning]'") from None
 
-JSON_COLUMN, LINE_COLUMN, ROW_COLUMN = "json", "line", "row_number"
-# What rows are grouped by, see `check_rows`.
-LENGTH_COLUMN = "length"
+# A row of a JSON file, where it lies, and what rows are grouped by (see `check_rows`).
+JSON_COLUMN, LINE_COLUMN, ROW_COLUMN, LENGTH_COLUMN = "_json", "_line", "_row", "_length"
 SPACES = re.compile(r"[ \t\r\n]*")
 
 
@@ -51,38 +50,53 @@ def load_rows(
         UserError: nothing readable is there.
     """
     path = Path(data_path).expanduser()
-    name = split.partition("[")[0]
-    if streaming and "[" in split:
+    names = list(dict.fromkeys(part.partition("[")[0].strip() for part in split.split("+")))
+    if streaming and (len(names) > 1 or "[" in split):
         raise UserError(f"{data_path}: a stream has no part {split}; name a whole split, or drop --streaming")
     if path.suffix.lower() in (".json", ".jsonl"):
         if is_missing(path):
             raise UserError(f"{path}: no such data file; pass an existing LLaVA JSON or JSONL as --data_path")
-        if not streaming:
-            return sliced({name: json_rows(path)}, split, data_path)
-        if is_array(path):
+        if streaming and is_array(path):
             raise UserError(f"{path}: a .json array cannot be streamed; write it as .jsonl, or drop --streaming")
-        arguments = {"parts": list(range(num_parts)), "num_parts": num_parts, "block_size": block_size}
-        return datasets.IterableDataset.from_generator(
-            streamed_lines, gen_kwargs={"path": path, "passes": passes, **arguments}
-        )
+        if streaming:
+            return dealt(path, num_parts, block_size, passes)
+        return sliced({names[0]: json_rows(path)}, split, data_path)
     with told(f"{data_path}: no data set could be loaded", "check --data_path and --split"):
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(path))
-            loaded = sliced(loaded if isinstance(loaded, dict) else {name: loaded}, split, data_path)
-            loaded = loaded.to_iterable_dataset(num_shards=num_parts) if streaming else loaded
+            splits = loaded if isinstance(loaded, dict) else {names[0]: loaded}
         elif path.suffix.lower() == ".parquet":
-            loaded = datasets.load_dataset("parquet", data_files={name: str(path)}, split=split, streaming=streaming)
+            splits = datasets.load_dataset("parquet", data_files={names[0]: str(path)}, streaming=streaming)
         else:
-            loaded = datasets.load_dataset(data_path, split=split, streaming=streaming)
-        loaded = loaded.with_format(None).cast(undecoded(loaded.features)) if loaded.features else loaded
-    if not streaming:
-        return loaded.add_column(ROW_COLUMN, range(len(loaded)))
-    if num_parts > loaded.num_shards:
-        raise UserError(
-            f"dataloader_num_workers: {data_path} is streamed from {loaded.num_shards} files, and no more workers can "
-            f"share them; set dataloader_num_workers: {loaded.num_shards}"
-        )
-    return loaded.map(lambda row, number: {ROW_COLUMN: number}, with_indices=True).repeat(passes)
+            splits = {name: datasets.load_dataset(data_path, split=name, streaming=streaming) for name in names}
+    if streaming and isinstance(splits.get(split), datasets.IterableDataset):
+        rows = readable(splits[split], data_path)
+        if num_parts > rows.num_shards:
+            raise UserError(
+                f"dataloader_num_workers: {data_path} is streamed from {rows.num_shards} files, and no more workers "
+                f"can share them; set dataloader_num_workers: {rows.num_shards}"
+            )
+        return rows.map(numbered, with_indices=True).repeat(passes)
+    splits = {
+        name: rows.add_column(ROW_COLUMN, range(len(rows)))
+        for name, rows in ((name, readable(rows, data_path)) for name, rows in splits.items())
+    }
+    rows = sliced(splits, split, data_path)
+    return dealt(rows, num_parts, block_size, passes) if streaming else rows
+
+
+def readable(rows: Any, data_path: str) -> Any:
+    """A data set whose rows are Python's own values, with pictures as their bytes."""
+    taken = {JSON_COLUMN, LINE_COLUMN, ROW_COLUMN, LENGTH_COLUMN} & set(rows.column_names or ())
+    if taken:
+        raise UserError(f"{data_path}: its column {min(taken)} has a name that training uses; rename it")
+    rows = rows.with_format(None)
+    return rows.cast(undecoded(rows.features)) if rows.features else rows
+
+
+def numbered(row: dict[str, Any], number: int) -> dict[str, Any]:
+    """The column by which messages name a row of a stream."""
+    return {ROW_COLUMN: number}
 
 
 def sliced(splits: dict[str, datasets.Dataset], split: str, data_path: str) -> datasets.Dataset:
@@ -93,6 +107,27 @@ def sliced(splits: dict[str, datasets.Dataset], split: str, data_path: str) -> d
         return datasets.concatenate_datasets(
             [splits[part.splitname].select(range(sizes[part.splitname])[part.from_ : part.to]) for part in parts]
         )
+
+
+def dealt(rows: Path | datasets.Dataset, num_parts: int, block_size: int, passes: int | None) -> Any:
+    """A stream of rows that `num_parts` readers share; each takes a block of `block_size` rows in turn."""
+    arguments = {"rows": rows, "num_parts": num_parts, "block_size": block_size, "passes": passes}
+    return datasets.IterableDataset.from_generator(dealt_rows, gen_kwargs={**arguments, "parts": [*range(num_parts)]})
+
+
+def dealt_rows(
+    rows: Path | datasets.Dataset, num_parts: int, block_size: int, passes: int | None, parts: list[int]
+) -> Iterator[dict[str, Any]]:
+    """The rows of a JSONL file or a data set, pass after pass, for some of `num_parts` readers."""
+    number = 0
+    for _ in itertools.count() if passes is None else range(passes):
+        first = number
+        for row in json_records(rows) if isinstance(rows, Path) else rows:
+            if number // block_size % num_parts in parts:
+                yield row
+            number += 1
+        if number == first:
+            raise UserError(f"{rows}: no rows; pass another --data_path")
 
 
 def undecoded(feature: Any) -> Any:
@@ -124,12 +159,18 @@ def json_rows(path: Path) -> datasets.Dataset:
         UserError: the file cannot be read, or is an array that is no JSON.
     """
     try:
-        found = list(array_rows(path) if is_array(path) else numbered_lines(path))
+        records = list(json_records(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({reason(error)}); check --data_path") from None
-    rows = pa.array([row for _, row in found], pa.large_binary())
-    lines = pa.array([line for line, _ in found], pa.int64())
-    return datasets.Dataset(pa.table({JSON_COLUMN: rows, LINE_COLUMN: lines}))
+    types = {JSON_COLUMN: pa.large_binary(), LINE_COLUMN: pa.int64(), ROW_COLUMN: pa.int64()}
+    columns = {name: pa.array([record[name] for record in records], type_) for name, type_ in types.items()}
+    return datasets.Dataset(pa.table(columns))
+
+
+def json_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSON file one after the other, as records of a data set."""
+    for number, (line, row) in enumerate(array_rows(path) if is_array(path) else numbered_lines(path)):
+        yield {JSON_COLUMN: row, LINE_COLUMN: line, ROW_COLUMN: number}
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -172,27 +213,13 @@ def array_rows(path: Path) -> Iterator[tuple[int, bytes]]:
         raise UserError(f"{path}: something follows the array of rows; repair the file")
 
 
-def streamed_lines(
-    path: Path, passes: int | None, parts: list[int], num_parts: int, block_size: int
-) -> Iterator[dict[str, Any]]:
-    """The lines of a JSONL file, pass after pass, for some of `num_parts` readers, who take a block each in turn."""
-    number = 0
-    for _ in itertools.count() if passes is None else range(passes):
-        first = number
-        for line, row in numbered_lines(path):
-            if number // block_size % num_parts in parts:
-                yield {JSON_COLUMN: row, LINE_COLUMN: line}
-            number += 1
-        if number == first:
-            raise UserError(f"{path}: no rows; pass another --data_path")
-
-
 # ---- rows ----
 
 
 def place_of(record: dict[str, Any]) -> str:
     """How a message names a row of a data set of [`load_rows`]."""
-    return f"row {record[ROW_COLUMN]}" if ROW_COLUMN in record else f"line {record[LINE_COLUMN]}"
+    row = f"row {record[ROW_COLUMN]}"
+    return f"line {record[LINE_COLUMN]} ({row})" if LINE_COLUMN in record else row
 
 
 def row_of(record: dict[str, Any]) -> Any:
@@ -201,16 +228,26 @@ def row_of(record: dict[str, Any]) -> Any:
     Raises:
         RowError: it is no JSON.
     """
-    if ROW_COLUMN in record:
+    if JSON_COLUMN not in record:
         return {name: value for name, value in record.items() if name not in (ROW_COLUMN, LENGTH_COLUMN)}
     try:
         return json.loads(record[JSON_COLUMN].decode(), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         raise RowError(f"not UTF-8 ({reason(error)})") from None
-    except RecursionError:
-        raise RowError("nested too deeply") from None
     except ValueError as error:
         raise RowError(f"no JSON ({reason(error)})") from None
+
+
+def sample_of(record: dict[str, Any], ignored_keys: Collection[str]) -> Sample:
+    """The conversation in a row.
+
+    Raises:
+        RowError: it cannot be trained on.
+    """
+    try:
+        return parse_row(row_of(record), ignored_keys)
+    except RecursionError:
+        raise RowError("nested too deeply") from None
 
 
 def check_rows(
@@ -236,7 +273,7 @@ def check_rows(
     for index, record in enumerate(rows):
         length = 0
         try:
-            sample = parse_row(row_of(record), collator.ignored_keys)
+            sample = sample_of(record, collator.ignored_keys)
             collator.encoder.check(sample.messages)
             length = sample.num_words + num_visual_tokens * len(sample.images)
             for image in sample.images if look_for_images else ():

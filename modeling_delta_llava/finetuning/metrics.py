@@ -42,3 +42,20 @@ def load_metric(name: str) -> Callable[[list[str], list[str]], Any]:
     if not callable(function):
         raise UserError(f"metric: {name} is no function; name one that takes predictions and references")
     return function
+
+
+def scores(metric: Callable[[list[str], list[str]], Any], predictions: list[str], references: list[str]) -> dict:
+    """What a metric says, as numbers by name.
+
+    Raises:
+        UserError: it fails, or gives something else, or a name that the trainer itself uses.
+    """
+    name = getattr(metric, "__name__", type(metric).__name__)
+    with told(f"metric: {name} failed on {len(references)} answers", "correct the function"):
+        value = metric(predictions, references)
+        values = value if isinstance(value, dict) else {name: value}
+        values = {str(key): float(number) for key, number in values.items()}
+    taken = {"loss", "skipped_rows", "cut_answers"} & values.keys()
+    if taken:
+        raise UserError(f"metric: {name} gives {min(taken)}, which the trainer measures itself; name it otherwise")
+    return values

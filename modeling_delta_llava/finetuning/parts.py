@@ -113,10 +113,12 @@ def with_lora(model: nn.Module, arguments: ModelArguments, gradient_checkpointin
     config = lora_config(arguments)
     from peft import get_peft_model, prepare_model_for_kbit_training
 
-    if not any(re.fullmatch(config.target_modules, name) for name, _ in model.named_modules()):
+    found = {name.rpartition(".")[2] for name, _ in model.named_modules() if re.fullmatch(config.target_modules, name)}
+    missing = sorted(set(arguments.lora_target_modules) - found)
+    if missing:
         raise UserError(
-            f"lora_target_modules: the language model has no layer named {', '.join(arguments.lora_target_modules)}; "
-            "give the names of its linear layers"
+            f"lora_target_modules: the language model has no layer named {', '.join(missing)}; give the names of its "
+            "linear layers"
         )
     if arguments.quantization != "none":
         model = prepare_model_for_kbit_training(

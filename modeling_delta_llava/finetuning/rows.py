@@ -17,7 +17,10 @@ from delta_llava.errors import printable
 
 IMAGE_MARK = "<image>"
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-CHAT_ROLES = {role: role for role in ("system", "user", "assistant")}
+CHAT_ROLES = ("system", "user", "assistant")
+# What stands for a picture while a conversation is rendered: noncharacters, which no text holds. Then rows may talk
+# about the image token as about any other word.
+PICTURE_MARK = "\ufdd0image\ufdd1"
 # Where a message part may hold its picture.
 PICTURE_KEYS = ("image", "url", "image_url", "path", "base64")
 
@@ -69,107 +72,107 @@ def parse_row(row: Any, ignored_keys: Collection[str] = ()) -> Sample:
             if empty
             else "neither `conversations` (LLaVA) nor `messages` (Hugging Face chat) is present"
         )
-    listed = _pictures(row["image"] if "image" in keys else row.get("images"))
+    listed = _pictures(next((row[key] for key in ("image", "images") if key in keys), None))
     is_llava = "conversations" in keys
     turns = row["conversations" if is_llava else "messages"]
     if not isinstance(turns, list):
         raise RowError(f"`{'conversations' if is_llava else 'messages'}` is of type {type(turns).__name__}, no list")
     parse_turn = _llava_turn if is_llava else _chat_turn
-    shown = _ShownPictures(listed)
-    messages = [parse_turn(turn, f"turn {number}", shown, ignored_keys) for number, turn in enumerate(turns, 1)]
-    return _checked(messages, shown.all())
+    shown: list[Any] = []
+    messages = []
+    for number, turn in enumerate(turns, start=1):
+        role, content, pictures = parse_turn(turn, f"turn {number}", bool(listed), ignored_keys)
+        messages.append({"role": role, "content": content})
+        shown += pictures
+    return _checked(messages, _shown_pictures(shown, listed))
 
 
-class _ShownPictures:
-    """The pictures of a row in the order in which its turns show them."""
+@dataclass(frozen=True)
+class _Listed:
+    """Stands for a picture that the row lists: number `index` of them, or the next one."""
 
-    def __init__(self, listed: list[Any]):
-        self.listed = listed
-        self._shown: list[Any] = []
-        self._used: list[int] = []
-        self._by_index: bool | None = None
-
-    def next_ones(self, count: int) -> None:
-        """The next `count` of the listed pictures are shown."""
-        for _ in range(count):
-            self.one(len(self._used), by_index=False)
-
-    def one(self, index: Any, by_index: bool) -> None:
-        """The listed picture number `index` is shown, as `by_index` a part asked for by its number."""
-        if self._by_index not in (None, by_index):
-            raise RowError("some image parts have an `index` and some have none; give all of them one, or none")
-        self._by_index = by_index
-        if by_index and (isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(self.listed)):
-            raise RowError(f"an image part has the index {index!r}, but the row lists {len(self.listed)} images")
-        self._used.append(index)
-        self._shown.append(self.listed[index] if index < len(self.listed) else None)
-
-    def own(self, picture: Any) -> None:
-        """A picture is shown that a part holds itself."""
-        self._shown.append(picture)
-
-    def all(self) -> list[Any]:
-        unused = set(range(len(self.listed))) - set(self._used)
-        if unused or len(self.listed) < len(set(self._used)):
-            raise RowError(f"the text has {len(self._used)} {IMAGE_MARK} but the row lists {len(self.listed)} images")
-        return self._shown
+    index: Any = None
 
 
-def _llava_turn(turn: Any, where: str, shown: _ShownPictures, ignored_keys: Collection[str]) -> dict[str, Any]:
+def _shown_pictures(shown: list[Any], listed: list[Any]) -> list[Any]:
+    """What the turns of a row show, with the row's own pictures in their places."""
+    asked = [picture.index for picture in shown if isinstance(picture, _Listed)]
+    if len({index is None for index in asked}) > 1:
+        raise RowError("some image parts have an `index` and some have none; give all of them one, or none")
+    for index in asked:
+        if index is not None and (type(index) is not int or not 0 <= index < len(listed)):
+            index = printable(repr(index), 40)
+            raise RowError(f"an image part has the index {index}, but the row lists {len(listed)} images")
+    if asked and asked[0] is None:
+        asked = list(range(len(asked)))
+    if set(asked) != set(range(len(listed))):
+        raise RowError(f"the text has {len(asked)} {IMAGE_MARK} but the row lists {len(listed)} images")
+    places = iter(asked)
+    return [listed[next(places)] if isinstance(picture, _Listed) else picture for picture in shown]
+
+
+Turn = tuple[str, list[dict[str, Any]], list[Any]]
+"""Role, parts, and the pictures of the image parts."""
+
+
+def _llava_turn(turn: Any, where: str, has_listed: bool, ignored_keys: Collection[str]) -> Turn:
     if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
         raise RowError(f"{where} has no `from` and `value`")
     _keys_with_content(turn, where, ("from", "value"), ignored_keys)
     role = LLAVA_ROLES.get(turn["from"].lower()) if isinstance(turn["from"], str) else None
     if role is None:
         raise RowError(f"{where} is from {printable(repr(turn['from']), 40)}; known are human, gpt and system")
-    return {"role": role, "content": _marked_text(turn["value"], role, where, shown)}
+    return role, *_marked_text(turn["value"], role, where, has_listed)
 
 
-def _chat_turn(turn: Any, where: str, shown: _ShownPictures, ignored_keys: Collection[str]) -> dict[str, Any]:
+def _chat_turn(turn: Any, where: str, has_listed: bool, ignored_keys: Collection[str]) -> Turn:
     if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
         raise RowError(f"{where} has no `role` and `content`")
     _keys_with_content(turn, where, ("role", "content"), ignored_keys)
-    role = CHAT_ROLES.get(turn["role"]) if isinstance(turn["role"], str) else None
+    role = turn["role"] if isinstance(turn["role"], str) and turn["role"] in CHAT_ROLES else None
     if role is None:
-        raise RowError(f"{where} has the role {printable(repr(turn['role']), 40)}; known are system, user, assistant")
+        raise RowError(f"{where} has the role {printable(repr(turn['role']), 40)}; known are {', '.join(CHAT_ROLES)}")
     if not isinstance(turn["content"], list):
-        return {"role": role, "content": _marked_text(turn["content"], role, where, shown)}
-    return {"role": role, "content": [_chat_part(part, where, shown, ignored_keys) for part in turn["content"]]}
+        return role, *_marked_text(turn["content"], role, where, has_listed)
+    parts, pictures = [], []
+    for part in turn["content"]:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text":
+            _keys_with_content(part, f"a text part of {where}", ("type", "text"), ignored_keys)
+            parts.append({"type": "text", "text": _text(part.get("text"), where)})
+        elif kind in ("image", "image_url"):
+            parts.append({"type": "image"})
+            pictures.append(_picture_of_part(part, f"an image part of {where}", ignored_keys))
+        else:
+            raise RowError(f"{where} has a part that is neither an image nor a text")
+    return role, parts, pictures
 
 
-def _chat_part(part: Any, where: str, shown: _ShownPictures, ignored_keys: Collection[str]) -> dict[str, Any]:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text":
-        _keys_with_content(part, f"a text part of {where}", ("type", "text"), ignored_keys)
-        return {"type": "text", "text": _text(part.get("text"), where)}
-    if kind not in ("image", "image_url"):
-        raise RowError(f"{where} has a part that is neither an image nor a text")
-    keys = _keys_with_content(part, f"an image part of {where}", ("type", "index", *PICTURE_KEYS), ignored_keys)
-    held = sorted(keys & set(PICTURE_KEYS))
-    if len(held) > 1 or (held and "index" in keys):
-        raise RowError(f"an image part of {where} has several of {', '.join(held)} and index; leave one of them")
-    if held:
-        shown.own(_picture({held[0]: part[held[0]]}))
-    elif part.get("index") is not None:
-        shown.one(part["index"], by_index=True)
-    else:
-        shown.next_ones(1)
-    return {"type": "image"}
+def _picture_of_part(part: Mapping[str, Any], where: str, ignored_keys: Collection[str]) -> Any:
+    keys = _keys_with_content(part, where, ("type", "index", *PICTURE_KEYS), ignored_keys) - {"type"}
+    if len(keys) > 1:
+        raise RowError(f"{where} has {', '.join(sorted(keys))}; leave one of them")
+    if keys - {"index"}:
+        return _picture({key: part[key] for key in keys})
+    return _Listed(part["index"] if keys else None)
 
 
-def _marked_text(text: Any, role: str, where: str, shown: _ShownPictures) -> list[dict[str, Any]]:
-    """A text as parts. In a question of a row with pictures, `<image>` shows the next one, and pictures come first, as
-    LLaVA is trained; anywhere else `<image>` is text like any other."""
+def _marked_text(text: Any, role: str, where: str, has_listed: bool) -> tuple[list[dict[str, Any]], list[Any]]:
+    """A text as parts, and the pictures it shows. In a question of a row with pictures, `<image>` shows the next one,
+    and pictures come first, as LLaVA is trained; anywhere else `<image>` is text like any other."""
     text = _text(text, where)
-    count = text.count(IMAGE_MARK) if shown.listed and role == "user" else 0
+    count = text.count(IMAGE_MARK) if has_listed and role == "user" else 0
     if count == 0:
-        return [{"type": "text", "text": text}]
-    shown.next_ones(count)
+        return [{"type": "text", "text": text}], []
     text = text.replace(IMAGE_MARK, "").strip()
-    return [{"type": "image"}] * count + ([{"type": "text", "text": text}] if text else [])
+    parts = [{"type": "image"}] * count + ([{"type": "text", "text": text}] if text else [])
+    return parts, [_Listed()] * count
 
 
 def _text(text: Any, where: str) -> str:
+    """A text that can be tokenised; null is an empty one."""
+    if text is None:
+        return ""
     if not isinstance(text, str):
         raise RowError(f"{where} has content of type {type(text).__name__}, not text")
     if not text.isascii():
@@ -177,6 +180,8 @@ def _text(text: Any, where: str) -> str:
             text.encode()
         except UnicodeEncodeError:
             raise RowError(f"{where} has half of a character (a lone surrogate, such as a cut emoji)") from None
+        if PICTURE_MARK[0] in text:
+            raise RowError(f"{where} has U+{ord(PICTURE_MARK[0]):04X}, which is no character")
     return text
 
 
@@ -197,7 +202,8 @@ def _picture(value: Any) -> Any:
         if holds.keys() == {"base64"} and isinstance(holds["base64"], str):
             return f"data:;base64,{holds['base64']}"
         if len(holds) != 1 or not holds.keys() <= {*PICTURE_KEYS, "bytes"}:
-            raise RowError(f"an image has the keys {', '.join(map(str, holds)) or 'of none'}; give its path or bytes")
+            names = printable(", ".join(map(str, holds)), 80)
+            raise RowError(f"an image has the keys {names or 'of none'}; give its path or bytes")
         return _picture(next(iter(holds.values())))
     if isinstance(value, str) and value:
         return _text(value, "an image name")

@@ -22,6 +22,7 @@ from .checkpoints import (
     SAVE_ERRORS,
     SETTINGS_FILE,
     UNFINISHED_FOLDER,
+    check_rows_of_run,
     checkpoint_to_resume,
     is_no_space,
     write_settings,
@@ -124,8 +125,8 @@ def model_folder(arguments: RunArguments) -> Path:
 
 def open_dataset(
     arguments: RunArguments, collator: DeltaLlavaCollator, num_visual_tokens: int, evaluation: bool = False
-) -> Any:
-    """The training (or evaluation) data, its rows checked and its picture files looked for.
+) -> tuple[Any, list[str]]:
+    """The training (or evaluation) data, its rows checked and its picture files looked for; and what was left out.
 
     Raises:
         UserError: the file, a row or a picture cannot be used.
@@ -138,11 +139,11 @@ def open_dataset(
         num_parts = max(1, training.dataloader_num_workers)
         rows = load_rows(data.data_path, data.split, data.streaming, num_parts, block_size)
         if data.streaming:
-            return rows
+            return rows, []
     rows, left_out = check_rows(rows, collator, num_visual_tokens, data.look_for_images)
     for message in left_out if training.process_index == 0 else ():
         logger.warning("left out: %s", message)
-    return rows
+    return rows, left_out
 
 
 def holds_run(folder: Path) -> bool:
@@ -178,11 +179,17 @@ def prepare(arguments: RunArguments) -> tuple[DeltaLlavaTrainer, Path | None]:
     check_default_budget(config, training.visual_token_budgets)
     collator = collator_of(data, processor, data.data_path, data.image_folder)
     widest = max(training.visual_token_budgets or [processor.num_visual_tokens])
-    train_dataset = open_dataset(arguments, collator, widest)
-    eval_dataset, eval_collator = None, collator
+    train_dataset, left_out = open_dataset(arguments, collator, widest)
+    if not data.streaming:
+        arguments.settings["rows"] = len(train_dataset)
+        if checkpoint is not None:
+            check_rows_of_run(checkpoint, len(train_dataset))
+    eval_dataset, eval_collator, eval_left_out = None, collator, []
     if data.eval_data_path is not None:
         eval_collator = collator_of(data, processor, data.eval_data_path, data.eval_image_folder or data.image_folder)
-        eval_dataset = open_dataset(arguments, eval_collator, processor.num_visual_tokens, evaluation=True)
+        eval_dataset, eval_left_out = open_dataset(
+            arguments, eval_collator, processor.num_visual_tokens, evaluation=True
+        )
     metric = load_metric(training.metric) if training.predict_with_generate else None
 
     try:
@@ -214,6 +221,8 @@ def prepare(arguments: RunArguments) -> tuple[DeltaLlavaTrainer, Path | None]:
         callbacks=callbacks,
         max_length=data.max_length,
         metric=metric,
+        left_out=left_out,
+        eval_left_out=eval_left_out,
         settings=arguments.settings,
         start_folder=None if model_arguments.lora_rank else folder,
         card={

@@ -8,15 +8,12 @@ from delta_llava.errors import UserError, reason
 
 from ..building import read_chat_template
 from ..tokenization import with_image_token
-from .rows import RowError
+from .rows import PICTURE_MARK, RowError
 
 IGNORED_LABEL = -100
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Setting `format` -> chat template of the package; "template" is the processor's own.
 TEMPLATES = {"v1": "vicuna_v1", "plain": "plain"}
-# What stands for a picture while a conversation is rendered: noncharacters, which no text holds. Then rows may talk
-# about the image token as about any other word.
-PICTURE_MARK = "\ufdd0image\ufdd1"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ from .checkpoints import (
     write_settings,
 )
 from .collator import ROWS_KEY, at_budget
+from .data import LENGTH_COLUMN
+from .metrics import scores
 from .parts import PROJECTOR, count_parts, describe_parts, number_of_elements, part_of
 from .text import IGNORED_LABEL
 
@@ -93,6 +95,7 @@ class DeltaLlavaTrainer(Trainer):
         max_length (`int`): tokens after which a row is cut, never inside a picture.
         eval_collator (`Callable`, *optional*): the collator of the evaluation data, when it is another one.
         metric (`Callable`, *optional*): (predictions, references), two lists of texts, to a number or a dict of them.
+        left_out, eval_left_out (`Sequence[str]`): rows that are not in the data sets any more, and why.
         settings (`dict`, *optional*): the run's settings, stored with every checkpoint.
         card (`dict`, *optional*): facts for the model card that the trainer cannot know, see [`trained_card`].
         start_folder (`Path`, *optional*): where the model was loaded from; frozen weights that the run holds in
@@ -107,6 +110,8 @@ class DeltaLlavaTrainer(Trainer):
         max_length: int,
         eval_collator: Callable[[list], dict] | None = None,
         metric: Callable[[list[str], list[str]], Any] | None = None,
+        left_out: Sequence[str] = (),
+        eval_left_out: Sequence[str] = (),
         settings: dict[str, Any] | None = None,
         card: dict[str, Any] | None = None,
         start_folder: Path | None = None,
@@ -116,6 +121,7 @@ class DeltaLlavaTrainer(Trainer):
         self.hub_token = args.hub_token
         args = copy.copy(args)
         args.hub_token = None
+        args.length_column_name = LENGTH_COLUMN
         self.max_length = max_length
         self.eval_collator = eval_collator
         self.metric = metric
@@ -123,10 +129,11 @@ class DeltaLlavaTrainer(Trainer):
         self.settings = settings or {}
         self.card = card or {}
         self.grouped_sampler: GroupedSampler | None = None
-        self.skipped: set[str] = set()
+        self.skipped: set[str] = set(left_out)
+        self.eval_left_out = eval_left_out
         self._told: set[str] = set()
         self._skipped_since_log = 0
-        self._tokens = torch.zeros(2, dtype=torch.int64)
+        self._tokens = torch.zeros(3, dtype=torch.int64)
         self._staging = False
         super().__init__(
             model,
@@ -206,7 +213,7 @@ class DeltaLlavaTrainer(Trainer):
             batch, self.processing_class.image_token_id, tokenizer.pad_token_id, num_visual_tokens, self.max_length
         )
         learned = (batch["labels"] != IGNORED_LABEL).any(1).tolist()
-        cut = f"nothing to learn within max_length={self.max_length}"
+        cut = f"nothing to learn within max_length {self.max_length}"
         left_out = [
             f"{place}: {problem or cut}"
             for (place, problem), has_labels in zip(rows, learned, strict=True)
@@ -225,7 +232,8 @@ class DeltaLlavaTrainer(Trainer):
             self.skipped.update(left_out)
             self._skipped_since_log += len(left_out)
             mask = batch["attention_mask"]
-            self._tokens += torch.tensor([int(mask.sum()), mask.numel()])
+            learned = int((batch["labels"] != IGNORED_LABEL).sum())
+            self._tokens += torch.tensor([int(mask.sum()), mask.numel(), learned])
             yield batch
 
     def get_batch_samples(self, epoch_iterator: Iterator[dict], *args, **kwargs) -> tuple[list, Any]:
@@ -264,24 +272,31 @@ class DeltaLlavaTrainer(Trainer):
         figures = (losses.sum(1), (labels[:, 1:] != IGNORED_LABEL).sum(1))
         if not self.args.predict_with_generate:
             return None, figures, labels[:, :1]
-        prompts, references = self.last_questions(batch, labels)
+        was_cut = (inputs["labels"] != IGNORED_LABEL).sum(1).to(labels.device) > (labels != IGNORED_LABEL).sum(1)
+        prompts, references = self.last_questions(batch, labels, was_cut)
         with torch.no_grad(), self.compute_loss_context_manager():
             answers = self.model.generate(
                 **prompts, max_new_tokens=self.args.generation_max_new_tokens, do_sample=False
             )
         return None, (*figures, answers[:, prompts["input_ids"].shape[1] :]), references
 
-    def last_questions(self, batch: dict, labels: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """What `generate` is asked: each row up to its last answer, padded on the left; and the answers' tokens."""
+    def last_questions(
+        self, batch: dict[str, torch.Tensor], labels: torch.Tensor, was_cut: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """What `generate` is asked: each row up to its last answer, padded on the left; and the answers' tokens, of
+        shape (rows, longest), without those of rows that were cut, whose last answer is another one."""
         prompts, references = [], []
         image_token_id = self.processing_class.image_token_id
-        for ids, mask, row_labels in zip(batch["input_ids"], batch["attention_mask"], labels, strict=True):
+        rows = zip(batch["input_ids"], batch["attention_mask"], labels, was_cut.tolist(), strict=True)
+        for ids, mask, row_labels, is_cut in rows:
             learned = (row_labels != IGNORED_LABEL).nonzero()[:, 0]
             breaks = (learned.diff() > 1).nonzero()[:, 0]
             answer = learned[breaks[-1] + 1 :] if len(breaks) else learned
-            asked = (torch.arange(len(ids), device=ids.device) < answer[0]) if len(answer) else (mask == 1)
-            blank = (mask == 0) & (ids == image_token_id)
-            places = torch.cat([blank.nonzero()[:, 0], (asked & (mask == 1)).nonzero()[:, 0]])
+            answer = answer[:0] if is_cut else answer
+            asked = (mask == 1).nonzero()[:, 0]
+            asked = asked[: answer[0]] if len(answer) else asked
+            blank = ((mask == 0) & (ids == image_token_id)).nonzero()[:, 0]
+            places = torch.cat([blank, asked])
             prompts.append((ids[places], mask[places]))
             references.append(row_labels[answer])
         pad_sequence = torch.nn.utils.rnn.pad_sequence
@@ -299,16 +314,22 @@ class DeltaLlavaTrainer(Trainer):
         """Loss per token, rows left out, and what the metric says of the generated answers, over all rows."""
         losses, tokens, *generated = gathered.predictions
         figures = {"loss": float(losses.sum(dtype="float64") / max(tokens.sum(), 1))}
-        if left_out := int((tokens == 0).sum()):
+        if left_out := int((tokens == 0).sum()) + len(self.eval_left_out):
             figures["skipped_rows"] = left_out
         if generated:
-            tokenizer = self.processing_class.tokenizer
+            has_answer = (gathered.label_ids != IGNORED_LABEL).any(1)
             predictions, references = (
-                tokenizer.batch_decode([row[row != IGNORED_LABEL] for row in rows], skip_special_tokens=True)
-                for rows in (generated[0][tokens > 0], gathered.label_ids[tokens > 0])
+                self.processing_class.tokenizer.batch_decode(
+                    [row[row != IGNORED_LABEL] for row in rows[has_answer]], skip_special_tokens=True
+                )
+                for rows in (generated[0], gathered.label_ids)
             )
-            value = self.metric(predictions, references)
-            figures |= value if isinstance(value, dict) else {self.metric.__name__: value}
+            figures |= scores(self.metric, predictions, references)
+            if cut := len(tokens) - int((tokens == 0).sum()) - len(references):
+                figures["cut_answers"] = cut
+        best = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        if best not in figures:
+            raise UserError(f"metric_for_best_model: {best} is not among what was measured: {', '.join(figures)}")
         return figures
 
     # ---- log ----
@@ -319,7 +340,9 @@ class DeltaLlavaTrainer(Trainer):
             if self.args.world_size > 1:
                 counts = counts.to(self.args.device)
                 dist.all_reduce(counts)
-            skipped, tokens, places = counts.tolist()
+            skipped, tokens, places, learned = counts.tolist()
+            if places and not learned:
+                raise UserError(f"max_length: no row has an answer within {self.max_length} tokens; raise it")
             if skipped:
                 logs["skipped_rows"] = skipped
             if places:

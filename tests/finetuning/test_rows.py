@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import pickle
 
 import datasets
 import pytest
@@ -12,7 +13,15 @@ from torch.utils.data import DataLoader
 
 from delta_llava.errors import UserError
 from modeling_delta_llava.finetuning.collator import DeltaLlavaCollator
-from modeling_delta_llava.finetuning.data import LENGTH_COLUMN, check_rows, load_rows, place_of, row_of
+from modeling_delta_llava.finetuning.data import (
+    LENGTH_COLUMN,
+    ROW_COLUMN,
+    check_rows,
+    load_rows,
+    place_of,
+    row_of,
+    sample_of,
+)
 from modeling_delta_llava.finetuning.rows import RowError, parse_row
 from modeling_delta_llava.finetuning.text import ConversationEncoder
 from tests import tiny
@@ -182,6 +191,7 @@ BAD_ROWS = {
     "chat role": ({"messages": [{"role": "tool", "content": "a"}]}, "'tool'"),
     "chat role that is no text": ({"messages": [{"role": ["user"], "content": "a"}]}, "has the role"),
     "chat content": ({"messages": [{"role": "user", "content": 3}]}, "type int"),
+    "no character": ({"conversations": turns("a \ufdd0image\ufdd1", "b")}, "U\\+FDD0, which is no character"),
     "turns that are no list": ({"messages": {"role": "user"}}, "type dict, no list"),
 }
 
@@ -195,17 +205,47 @@ def test_bad_rows(row, words):
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.binary(max_size=4),
     lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["type", "text", "image", "index", "url", "role", "content", "x"]), inner)
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["type", "text", "image", "x"]), inner)
     ),
     max_leaves=8,
 )
 
 
-@given(st.dictionaries(st.sampled_from(["conversations", "messages", "image", "images", "id"]), ANYTHING))
-def test_whatever_a_row_holds_it_is_read_or_refused(row):
+def places_in(value, path=()):
+    """The paths to everything inside a row."""
+    yield path
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in inside:
+        yield from places_in(entry, (*path, key))
+
+
+@pytest.mark.parametrize("layout", ["LLaVA", "chat"])
+@given(data=st.data())
+def test_a_row_with_something_else_in_one_place_is_read_or_refused(layout, data):
+    """Read means that everything it holds is there: as many pictures as it shows, and text in every turn."""
+    row = {"image": ["a.png"], "conversations": turns("<image>\nWhat?", "A cat.", "Sure?", "Yes.")}
+    if layout == "chat":
+        row = {"images": ["a.png"], **question({"type": "image", "index": 0}, text("What?"))}
+    *path, last = data.draw(st.sampled_from(list(places_in(row))[1:]))
+    inner = row
+    for key in path:
+        inner = inner[key]
+    inner[last] = data.draw(ANYTHING)
     with contextlib.suppress(RowError):
-        parse_row(row)
+        sample = parse_row(row)
+        shown = sum(part["type"] == "image" for turn in sample.messages for part in turn["content"])
+        assert shown == len(sample.images)
+        assert all(isinstance(part.get("text", ""), str) for turn in sample.messages for part in turn["content"])
+        assert [turn["role"] for turn in sample.messages] == ["user", "assistant"] * (len(sample.messages) // 2)
+
+
+def test_nesting_without_end_is_refused(monkeypatch):
+    """JSON of newer Pythons reads thousands of levels."""
+    value = "a.png"
+    for _ in range(20_000):
+        value = {"image": value}
+    with pytest.raises(RowError, match="nested too deeply"):
+        sample_of({ROW_COLUMN: 0, "image": value, "conversations": turns("<image>", "b")}, ())
 
 
 @pytest.fixture
@@ -233,11 +273,11 @@ def test_a_bad_row_is_named_with_its_line(tmp_path, checked, suffix):
     else:
         file.write_text(json.dumps(rows, indent=2), encoding="utf-8")
         line = 1 + file.read_text().split('"conversations": []')[0].rstrip("{ \n").count("\n") + 1
-    with pytest.raises(UserError, match=rf"line {line}: `conversations` is empty.*on_bad_row skip"):
+    with pytest.raises(UserError, match=rf"line {line} \(row 2\): `conversations` is empty.*on_bad_row skip"):
         checked(file)
     good, messages = checked(file, "skip")
     assert len(good) == 2
-    assert messages == [f"{file}: line {line}: `conversations` is empty"]
+    assert messages == [f"{file}: line {line} (row 2): `conversations` is empty"]
     assert row_of(good[1]) == GOOD
     assert good[LENGTH_COLUMN][:] == [4, 4]
 
@@ -259,7 +299,7 @@ def test_a_broken_line_is_left_out_before_the_first_step(tmp_path, checked, line
     file.write_bytes(
         b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\n" + line + b"\n" + json.dumps(GOOD).encode()
     )
-    with pytest.raises(UserError, match=rf"line 3: .*{words}.*on_bad_row skip") as raised:
+    with pytest.raises(UserError, match=rf"line 3 \(row 1\): .*{words}.*on_bad_row skip") as raised:
         checked(file)
     assert "template" not in str(raised.value)
     rows, messages = checked(file, "skip")
@@ -309,7 +349,7 @@ def test_a_stream_gives_the_same_rows_to_any_number_of_readers(tmp_path, block_s
     assert [number for batch in alone for number in batch] == [number % 10 for number in range(12 * block_size)]
     assert batches(2) == alone
     once = load_rows(str(file), streaming=True, passes=1)
-    assert [place_of(record) for record in once] == [f"line {number}" for number in range(1, 11)]
+    assert [place_of(record) for record in once] == [f"line {number + 1} (row {number})" for number in range(10)]
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="no rows"):
         next(iter(load_rows(str(tmp_path / "empty.jsonl"), streaming=True)))
@@ -382,4 +422,27 @@ def test_a_part_of_a_split_is_what_was_asked_for(saved, checked, name):
 def test_a_stream_of_few_files_takes_few_workers(saved):
     with pytest.raises(UserError, match=r"dataloader_num_workers: .* streamed from 1 files"):
         load_rows(str(saved / "data.PARQUET"), streaming=True, num_parts=2)
-    assert load_rows(str(saved / "disk"), streaming=True, num_parts=2).num_shards == 2
+
+
+def test_a_saved_set_is_streamed_in_order_by_processes_of_any_kind(saved):
+    def order(workers, **options):
+        rows = load_rows(str(saved / "disk"), streaming=True, num_parts=max(1, workers), block_size=2)
+        loader = DataLoader(rows, 2, num_workers=workers, collate_fn=places_of, **options)
+        return list(itertools.islice(loader, 8))
+
+    alone = order(0)
+    assert [place for batch in alone for place in batch] == [f"row {number % 10}" for number in range(16)]
+    assert order(2, multiprocessing_context="spawn") == alone
+    parquet = load_rows(str(saved / "data.PARQUET"), streaming=True, passes=1)
+    assert [places_of([row]) for row in pickle.loads(pickle.dumps(parquet))] == [[f"row {n}"] for n in range(10)]
+
+
+def places_of(records):
+    return [place_of(record) for record in records]
+
+
+def test_columns_of_training_are_not_those_of_a_data_set(saved):
+    datasets.Dataset.from_dict({"_row": [5], "messages": [[]]}).to_parquet(saved / "named.parquet")
+    for streaming in (False, True):
+        with pytest.raises(UserError, match=r"its column _row has a name that training uses"):
+            load_rows(str(saved / "named.parquet"), streaming=streaming)

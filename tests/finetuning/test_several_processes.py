@@ -79,6 +79,7 @@ def test_ddp_and_fsdp2_equal_one_process(settings, arguments, data_folder, tmp_p
     (tmp_path / "held_out.json").write_text(json.dumps(held_out))
     evaluated = {
         "eval_data_path": str(tmp_path / "held_out.json"),
+        "eval_strategy": "epoch",
         "per_device_eval_batch_size": 2,
         "predict_with_generate": True,
         "generation_max_new_tokens": 3,

@@ -184,6 +184,7 @@ RESUMED = {
         4,
         {"visual_token_budgets": [16, 4, 1], "train_sampling_strategy": "group_by_length"},
     ),
+    "in the second epoch, grouped": (6, {"train_sampling_strategy": "group_by_length"}),
     "in the second epoch, accumulated": (
         6,
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "projector_learning_rate": 5e-4},
@@ -468,6 +469,80 @@ def test_exact_match_is_the_share_of_equal_answers():
     ):
         with pytest.raises(UserError, match=words):
             load_metric(name)
+
+
+def test_answers_that_were_cut_are_asked_and_not_scored(arguments, data_folder, tmp_path):
+    """Rows that show a picture again after their first answer, cut everywhere from there on."""
+    rows = json.loads((data_folder / "data.json").read_text())[:3]
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a cat"}]
+    cut = {"image": ["0.png", "1.png"], "conversations": [*turns, *turns]}
+    (tmp_path / "eval.json").write_text(json.dumps([*rows, cut]))
+    common = {"eval_data_path": str(tmp_path / "eval.json"), "predict_with_generate": True, "max_steps": 1}
+    trainer, figures = evaluated(arguments, data_folder, **common, output_dir=str(tmp_path / "whole"))
+    assert "eval_cut_answers" not in figures
+    whole, _ = trainer.expanded(trainer.eval_collator([trainer.eval_dataset[3]]), 4)
+    length = int(whole["attention_mask"].sum())
+    first = (whole["labels"][0] != -100).nonzero()[0].item()
+    for max_length in range(first + 2, length, 2):
+        output_dir = str(tmp_path / str(max_length))
+        _, figures = evaluated(arguments, data_folder, **common, max_length=max_length, output_dir=output_dir)
+        assert figures["eval_cut_answers"] >= 1
+        assert "eval_exact_match" in figures
+
+
+def test_rows_that_the_first_check_left_out_are_counted(arguments, data_folder, tmp_path):
+    rows = json.loads((data_folder / "data.json").read_text())[:4]
+    rows[1] = {"conversations": []}
+    rows[2]["image"] = ["nowhere.png"] * 2
+    (tmp_path / "some.json").write_text(json.dumps(rows))
+    some = {"on_bad_row": "skip", "on_broken_image": "skip"}
+    paths = {"data_path": str(tmp_path / "some.json"), "eval_data_path": str(tmp_path / "some.json")}
+    trainer, figures = evaluated(arguments, data_folder, **some, **paths)
+    assert figures["eval_skipped_rows"] == 2
+    assert len(trainer.all_skipped()) == 2
+
+
+BAD_METRICS = {
+    "the trainer's own name": ("return {'loss': 0.0}", "gives loss, which the trainer measures itself"),
+    "no number": ("return 'good'", "failed on 16 answers .*good"),
+    "nothing": ("return None", "failed on 16 answers"),
+    "an error": ("1 / 0", "failed on 16 answers .*ZeroDivisionError"),
+}
+
+
+@pytest.mark.parametrize(("body", "words"), BAD_METRICS.values(), ids=BAD_METRICS.keys())
+def test_a_metric_that_measures_nothing_is_one_line(arguments, data_folder, tmp_path, body, words):
+    (tmp_path / "mine.py").write_text(f"def mine(predictions, references):\n    {body}\n")
+    metric = {"predict_with_generate": True, "generation_max_new_tokens": 1, "metric": f"{tmp_path}/mine.py:mine"}
+    with pytest.raises(UserError, match=words):
+        evaluated(arguments, data_folder, **metric)
+
+
+def test_a_metric_for_the_best_model_that_nobody_measures_is_one_line(arguments, data_folder, tmp_path):
+    (tmp_path / "mine.py").write_text("def mine(predictions, references):\n    return 1.0\n")
+    metric = {"predict_with_generate": True, "generation_max_new_tokens": 1, "metric": f"{tmp_path}/mine.py:mine"}
+    with pytest.raises(UserError, match="metric_for_best_model: f1 is not among .*: loss, mine"):
+        evaluated(arguments, data_folder, **metric, metric_for_best_model="f1")
+
+
+def test_a_length_that_leaves_nothing_to_learn_ends_the_run(arguments):
+    with pytest.raises(UserError, match="max_length: no row has an answer within 3 tokens"):
+        run(arguments(max_length=3))
+
+
+def test_what_no_run_can_go_on_from_is_refused(arguments, data_folder, tmp_path):
+    file = tmp_path / "rows.json"
+    rows = json.loads((data_folder / "data.json").read_text())
+    file.write_text(json.dumps(rows))
+    common = {"data_path": str(file), "save_strategy": "steps", "save_steps": 2}
+    trained(arguments(**common))
+    file.write_text(json.dumps(rows[:12]))
+    with pytest.raises(UserError, match="a run of 16 rows, and the data now has 12"):
+        prepare(arguments(**common, resume_from_checkpoint="true"))
+    alone = {**common, "save_only_model": True, "output_dir": str(tmp_path / "alone")}
+    trained(arguments(**alone))
+    with pytest.raises(UserError, match="was saved with save_only_model"):
+        prepare(arguments(**alone, resume_from_checkpoint="true"))
 
 
 def test_training_stops_early_when_evaluation_does_not_improve(arguments, data_folder):
