@@ -273,32 +273,32 @@ ASKED, ANSWERED = ("human", "What?"), ("gpt", "A cat.")
 SHOWN = ("human", "<image>\nWhat?")
 BAD_INPUTS = {
     "missing JSON": ({"data_path": "none.json"}, "none.json: no such data file"),
-    "no JSON": (with_row("{oops"), "data.jsonl: line 3: no JSON"),
-    "malformed row": (with_row({"image": "0.png"}), r"data.jsonl: line 3: neither `conversations`"),
-    "empty conversation": (with_row({"conversations": []}), "line 3: `conversations` is empty"),
+    "no JSON": (with_row("{oops"), r"data.jsonl: line 3 \(row 2\): no JSON"),
+    "malformed row": (with_row({"image": "0.png"}), r"data.jsonl: line 3 \(row 2\): neither `conversations`"),
+    "empty conversation": (with_row({"conversations": []}), r"line 3 \(row 2\): `conversations` is empty"),
     "roles out of order": (
         with_row({"conversations": turns(ASKED, ASKED, ANSWERED)}),
-        "line 3: .*roles out of order: turn 2 is user, expected assistant",
+        r"line 3 \(row 2\): .*roles out of order: turn 2 is user, expected assistant",
     ),
     "more marks than pictures": (
         with_row({"image": "0.png", "conversations": turns(("human", "<image><image>?"), ANSWERED)}),
-        "line 3: .*2 <image> but the row lists 1 images",
+        r"line 3 \(row 2\): .*2 <image> but the row lists 1 images",
     ),
     "picture without mark": (
         with_row({"image": "0.png", "conversations": turns(ASKED, ANSWERED)}),
-        "line 3: .*0 <image> but the row lists 1 images",
+        r"line 3 \(row 2\): .*0 <image> but the row lists 1 images",
     ),
     "missing picture": (
         with_picture(lambda file: file.unlink()),
-        r"line 2: image .*0\.png: missing, or no file.*--image_folder",
+        r"line 2 \(row 0\): image .*0\.png: missing, or no file.*--image_folder",
     ),
     "truncated picture": (
         with_picture(lambda file: file.write_bytes(file.read_bytes()[:60])),
-        r"line 2: image .*0\.png: cannot be decoded",
+        r"line 2 \(row 0\): image .*0\.png: cannot be decoded",
     ),
     "huge picture": (
         with_picture(lambda file: tiny.picture("red", (200, 100)).save(file)),
-        r"line 2: image .*0\.png: 200 x 100 is over the limit of 10,000 pixels",
+        r"line 2 \(row 0\): image .*0\.png: 200 x 100 is over the limit of 10,000 pixels",
     ),
     "no pad token": (with_model("tokenizer_config.json", without_pad_token), "the tokenizer has no pad token"),
     "no assistant marks": (
@@ -332,7 +332,7 @@ BAD_INPUTS = {
     "unknown setting": ({"learning_rat": 1}, "did you mean learning_rate"),
     "a turn that the format cannot show": (
         with_row({"conversations": turns(("system", "Be brief."), ASKED, ANSWERED)}, format="plain"),
-        r"line 3: the chat template cannot show this conversation .*not system.*--on_bad_row skip",
+        r"line 3 \(row 2\): the chat template cannot show this conversation .*not system.*--on_bad_row skip",
     ),
     "several workers for a stream of `datasets`": (
         with_parquet(streaming=True, dataloader_num_workers=4),

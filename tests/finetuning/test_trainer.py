@@ -521,7 +521,7 @@ def test_a_metric_that_measures_nothing_is_one_line(arguments, data_folder, tmp_
 def test_a_metric_for_the_best_model_that_nobody_measures_is_one_line(arguments, data_folder, tmp_path):
     (tmp_path / "mine.py").write_text("def mine(predictions, references):\n    return 1.0\n")
     metric = {"predict_with_generate": True, "generation_max_new_tokens": 1, "metric": f"{tmp_path}/mine.py:mine"}
-    with pytest.raises(UserError, match="metric_for_best_model: f1 is not among .*: loss, mine"):
+    with pytest.raises(UserError, match=r"metric_for_best_model: f1 is not among .*: loss, mine"):
         evaluated(arguments, data_folder, **metric, metric_for_best_model="f1")
 
 
@@ -800,7 +800,7 @@ def test_missing_pictures_stop_before_the_first_step(arguments, tmp_path):
     file = write_data(tmp_path / "broken")
     (tmp_path / "broken" / "images" / "0.png").unlink()
     changes = {"data_path": str(file), "image_folder": str(tmp_path / "broken" / "images")}
-    with pytest.raises(UserError, match=r"data\.json: line 2: image .*0\.png: missing.*--image_folder"):
+    with pytest.raises(UserError, match=r"data\.json: line 2 \(row 0\): image .*0\.png: missing.*--image_folder"):
         run(arguments(**changes))
     assert run(arguments(on_broken_image="skip", **changes)).is_dir()
 
@@ -808,7 +808,7 @@ def test_missing_pictures_stop_before_the_first_step(arguments, tmp_path):
 def test_a_broken_picture_in_a_worker_is_one_line(arguments, tmp_path):
     file = write_data(tmp_path / "broken")
     (tmp_path / "broken" / "images" / "0.png").write_text("no picture")
-    with pytest.raises(UserError, match=r"line 2: image .*0\.png: not a picture") as raised:
+    with pytest.raises(UserError, match=r"line 2 \(row 0\): image .*0\.png: not a picture") as raised:
         run(
             arguments(
                 data_path=str(file),
