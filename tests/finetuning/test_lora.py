@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, pipeline
 
@@ -192,6 +193,17 @@ def test_a_damaged_adapter_is_one_line(adapter, arguments, tmp_path):
     write_json(folder / "adapter_config.json", stored | {"base_model_name_or_path": str(tmp_path / "moved")})
     with pytest.raises(UserError, match=r"the base_model_name_or_path of .*_config.json, .*moved does not exist"):
         prepare(arguments(**settings))
+
+
+def test_a_projector_that_transformers_leaves_out_is_an_error(adapter, tmp_path, monkeypatch):
+    """Before 5.18, `load_adapter` takes no weights that an adapter has in whole; here they are missing."""
+    folder = shutil.copytree(adapter[0], tmp_path / "without")
+    state = load_file(folder / "adapter_model.safetensors")
+    low_rank = {name: item for name, item in state.items() if ".lora_" in name}
+    save_file(low_rank, folder / "adapter_model.safetensors")
+    monkeypatch.setattr(transformers, "__version__", "5.17.0")
+    with pytest.raises(ValueError, match="An adapter with a trained projector needs transformers 5.18 or newer"):
+        AutoModelForImageTextToText.from_pretrained(folder)
 
 
 def test_commands_for_whole_models_say_that_it_is_an_adapter(adapter, tmp_path, capsys):
