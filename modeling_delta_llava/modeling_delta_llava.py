@@ -83,7 +83,7 @@ class DeltaLlavaPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def load_adapter(self, *args, **kwargs):
-        """As `PreTrainedModel.load_adapter`; refused where transformers leaves out the projector that comes with it."""
+        """As `PreTrainedModel.load_adapter`; an error where transformers leaves out the projector that comes along."""
         loaded = super().load_adapter(*args, **kwargs)
         if any(".modules_to_save." in name for name in loaded.missing_keys):
             require_transformers("5.18", "An adapter with a trained projector")

@@ -202,7 +202,7 @@ def test_a_projector_that_transformers_leaves_out_is_an_error(adapter, tmp_path,
     low_rank = {name: item for name, item in state.items() if ".lora_" in name}
     save_file(low_rank, folder / "adapter_model.safetensors")
     monkeypatch.setattr(transformers, "__version__", "5.17.0")
-    with pytest.raises(ValueError, match="An adapter with a trained projector needs transformers 5.18 or newer"):
+    with pytest.raises(ValueError, match=r"An adapter with a trained projector needs transformers 5\.18 or newer"):
         AutoModelForImageTextToText.from_pretrained(folder)
 
 
