@@ -239,8 +239,11 @@ def test_the_budget_of_the_run_goes_with_the_adapter(arguments, exact_folder, tm
 
 
 def test_gradient_checkpointing_leaves_the_gradients_as_they_are(arguments, tmp_path):
-    """As in the recipe. Weights that begin as zero are moved first, because others have no gradients till then."""
-    kept = {}
+    """As in the recipe, and the frozen tower is not run backwards.
+
+    Weights that begin as zero are moved first, because others have no gradients till then.
+    """
+    kept, towers_graphs = {}, []
     for checkpointing in (False, True):
         settings = arguments(
             **LORA_SETTINGS, max_steps=1, gradient_checkpointing=checkpointing, output_dir=str(tmp_path / "run")
@@ -251,9 +254,12 @@ def test_gradient_checkpointing_leaves_the_gradients_as_they_are(arguments, tmp_
                 if parameter.requires_grad and not parameter.any():
                     parameter += 0.01 * torch.linspace(-1, 1, parameter.numel()).reshape(parameter.shape)
         trainer.add_callback(kept.setdefault(checkpointing, LastGradients()))
+        tower = trainer.model.get_base_model().model.vision_tower
+        tower.register_forward_hook(lambda *call: towers_graphs.append(call[-1].last_hidden_state.requires_grad))
         trainer.train()
         used = [getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules()]
         assert any(used) == checkpointing
+    assert towers_graphs == [False, False]
     plain, checkpointed = (kept[checkpointing].gradients for checkpointing in (False, True))
     assert {part_of(name) for name in plain} == {LORA, PROJECTOR}
     assert plain.keys() == checkpointed.keys()
