@@ -316,7 +316,7 @@ def test_qlora_is_merged_into_the_weights_before_quantisation(arguments, exact_f
     pytest.importorskip("bitsandbytes")
     trainer = trained(arguments(**LORA_SETTINGS, quantization="4bit", learning_rate=1e-2, max_steps=2))
     trainer.save_model()
-    assert "quantization_config" not in (tmp_path / "run" / "config.json").read_text()
+    assert "quantization_config" not in (tmp_path / "run" / "model_config.json").read_text()
     merge = ["convert", str(tmp_path / "run"), str(tmp_path / "merged"), "--base-model", str(exact_folder)]
     assert cli.main(merge) == 0, capsys.readouterr().err
     before = weights(DeltaLlavaForConditionalGeneration.from_pretrained(exact_folder, dtype=torch.float32))
