@@ -82,6 +82,13 @@ class DeltaLlavaPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    def load_adapter(self, *args, **kwargs):
+        """As `PreTrainedModel.load_adapter`; an error where transformers leaves out the projector that comes along."""
+        loaded = super().load_adapter(*args, **kwargs)
+        if any(".modules_to_save." in name for name in loaded.missing_keys):
+            require_transformers("5.18", "An adapter with a trained projector")
+        return loaded
+
 
 class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
     """Vision tower, Delta projector and language model, without a language-model head."""

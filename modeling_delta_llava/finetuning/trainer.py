@@ -378,6 +378,11 @@ class DeltaLlavaTrainer(Trainer):
 
         The trial save is opened (config and headers of the weights) and removed again.
         """
+        # With checkpointing, transformers has the output of every embedding require gradients, the patch embedding's
+        # too: the frozen tower would be run again and backwards for nothing. Only reentrant checkpointing needs that.
+        names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+        if not any((getattr(self.args, name, None) or {}).get("use_reentrant") for name in names):
+            self.model.disable_input_require_grads()
         output_dir = Path(self.args.output_dir)
         if self.args.should_save:
             finish_move(output_dir)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, pipeline
 
@@ -194,6 +195,17 @@ def test_a_damaged_adapter_is_one_line(adapter, arguments, tmp_path):
         prepare(arguments(**settings))
 
 
+def test_a_projector_that_transformers_leaves_out_is_an_error(adapter, tmp_path, monkeypatch):
+    """Before 5.18, `load_adapter` takes no weights that an adapter has in whole; here they are missing."""
+    folder = shutil.copytree(adapter[0], tmp_path / "without")
+    state = load_file(folder / "adapter_model.safetensors")
+    low_rank = {name: item for name, item in state.items() if ".lora_" in name}
+    save_file(low_rank, folder / "adapter_model.safetensors")
+    monkeypatch.setattr(transformers, "__version__", "5.17.0")
+    with pytest.raises(ValueError, match=r"An adapter with a trained projector needs transformers 5\.18 or newer"):
+        AutoModelForImageTextToText.from_pretrained(folder)
+
+
 def test_commands_for_whole_models_say_that_it_is_an_adapter(adapter, tmp_path, capsys):
     folder = str(adapter[0])
     before = {path.name: path.read_bytes() for path in adapter[0].iterdir() if path.is_file()}
@@ -227,8 +239,11 @@ def test_the_budget_of_the_run_goes_with_the_adapter(arguments, exact_folder, tm
 
 
 def test_gradient_checkpointing_leaves_the_gradients_as_they_are(arguments, tmp_path):
-    """As in the recipe. Weights that begin as zero are moved first, because others have no gradients till then."""
-    kept = {}
+    """As in the recipe, and the frozen tower is not run backwards.
+
+    Weights that begin as zero are moved first, because others have no gradients till then.
+    """
+    kept, towers_graphs = {}, []
     for checkpointing in (False, True):
         settings = arguments(
             **LORA_SETTINGS, max_steps=1, gradient_checkpointing=checkpointing, output_dir=str(tmp_path / "run")
@@ -239,9 +254,12 @@ def test_gradient_checkpointing_leaves_the_gradients_as_they_are(arguments, tmp_
                 if parameter.requires_grad and not parameter.any():
                     parameter += 0.01 * torch.linspace(-1, 1, parameter.numel()).reshape(parameter.shape)
         trainer.add_callback(kept.setdefault(checkpointing, LastGradients()))
+        tower = trainer.model.get_base_model().model.vision_tower
+        tower.register_forward_hook(lambda *call: towers_graphs.append(call[-1].last_hidden_state.requires_grad))
         trainer.train()
         used = [getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules()]
         assert any(used) == checkpointing
+    assert towers_graphs == [False, False]
     plain, checkpointed = (kept[checkpointing].gradients for checkpointing in (False, True))
     assert {part_of(name) for name in plain} == {LORA, PROJECTOR}
     assert plain.keys() == checkpointed.keys()
@@ -298,7 +316,7 @@ def test_qlora_is_merged_into_the_weights_before_quantisation(arguments, exact_f
     pytest.importorskip("bitsandbytes")
     trainer = trained(arguments(**LORA_SETTINGS, quantization="4bit", learning_rate=1e-2, max_steps=2))
     trainer.save_model()
-    assert "quantization_config" not in (tmp_path / "run" / "config.json").read_text()
+    assert "quantization_config" not in (tmp_path / "run" / "model_config.json").read_text()
     merge = ["convert", str(tmp_path / "run"), str(tmp_path / "merged"), "--base-model", str(exact_folder)]
     assert cli.main(merge) == 0, capsys.readouterr().err
     before = weights(DeltaLlavaForConditionalGeneration.from_pretrained(exact_folder, dtype=torch.float32))
