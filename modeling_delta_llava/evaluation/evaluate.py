@@ -58,7 +58,9 @@ def known_tasks(names: Sequence[str], include_path: Path | None = None):
     from .lmms_model import NAME
 
     if include_path is not None and not include_path.is_dir():
-        raise UserError(f"--include-path {include_path} is no folder: give the folder that holds the tasks' YAML files")
+        raise UserError(
+            f"--include-path {include_path} is no folder: give the folder that holds the tasks' YAML files"
+        )
     if not names:
         raise UserError("--tasks names no task: give names of lmms-eval such as gqa,pope, or paper")
     with told("lmms-eval's tasks cannot be listed", "mend the YAML file, or leave out --include-path"):
