@@ -495,7 +495,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (as saved), bfloat16, float16 or float32.")] = "auto",
 ) -> None:
-    """Score a model with lmms-eval at several budgets, beside the paper's scores. A killed run goes on where it was."""
+    """Score a model with lmms-eval at several budgets, beside the paper; a killed run goes on where it was."""
     from modeling_delta_llava.asking import model_folder, parse_budgets
     from modeling_delta_llava.evaluation import efficiency
     from modeling_delta_llava.evaluation.evaluate import evaluate as evaluate_model

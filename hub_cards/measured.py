@@ -48,9 +48,18 @@ class Measurement:
         return text if self.rows is None else f"{text} ({self.rows[0]} of {self.rows[1]} rows)"
 
     @property
+    def is_caption(self) -> bool:
+        return "cider" in self.metric.lower()
+
+    @property
+    def title(self) -> str:
+        """What tables and figures call it: the paper's column, or the task with its metric."""
+        return self.column or f"{self.task} ({self.metric})"
+
+    @property
     def scaled(self) -> str:
         """The score on the scale of the paper's tables, or its own."""
-        return f"{self.value * self.factor:.2f}"
+        return f"{self.value * self.factor:.2f}" if self.column else f"{self.value:.4g}"
 
     @property
     def difference(self) -> str:
@@ -103,6 +112,18 @@ def scores_of(path: Path, default_tokens: int, variant: Variant | None = None) -
             rows = counts.get(task, (0, 0))
             about = {"rows": rows if rows[0] < rows[1] else None, **_beside(task, metric, tokens, variant)}
             yield Measurement(task, metric, float(value), tokens, file, _dataset_of(task), day, **about)
+
+
+def shown_scores(measured: Sequence[Measurement]) -> list[Measurement]:
+    """One score for each task and budget, in the order of the paper's tables: the one that they would show.
+
+    That is the metric of the paper's column, else CIDEr, else the task's first one.
+    """
+    chosen: dict[tuple[str, int], Measurement] = {}
+    for entry in sorted(measured, key=lambda entry: (entry.column is None, not entry.is_caption)):
+        chosen.setdefault((entry.task, entry.tokens), entry)
+    order = [*benchmarks(), None]
+    return sorted(chosen.values(), key=lambda entry: (order.index(entry.column), entry.task, -entry.tokens))
 
 
 def _result_files(folder: Path) -> list[Path]:

@@ -1,7 +1,6 @@
 """The page of an evaluation: scores, captions and cost at every budget, as the paper's tables show them."""
 
 import contextlib
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,21 +11,19 @@ from modeling_delta_llava.asking import model_folder
 from modeling_delta_llava.card import PAPER, load_card, state_of
 from modeling_delta_llava.folders import atomic_folder, check_output_folder
 from modeling_delta_llava.hub_cards.card import read_config, write_file
-from modeling_delta_llava.hub_cards.figure import FAINT, OURS
-from modeling_delta_llava.hub_cards.measured import Measurement, scores_of
+from modeling_delta_llava.hub_cards.figure import draw_scores, figure_class
+from modeling_delta_llava.hub_cards.measured import Measurement, scores_of, shown_scores
 from modeling_delta_llava.hub_cards.variants import (
     MISSING,
     UNCOMPRESSED_TOKENS,
     Row,
     Variant,
-    benchmarks,
     get_variant,
     markdown,
     paper_tables,
 )
 
 PAGE, SCORES, COST = "README.md", "scores.png", "cost.png"
-PANEL_COLUMNS = 3
 
 
 def prepare(model: str, revision: str | None, variant: str | None, folder: Path | None) -> Variant | None:
@@ -40,10 +37,7 @@ def prepare(model: str, revision: str | None, variant: str | None, folder: Path 
     """
     if folder is not None:
         check_output_folder(folder, f"REPORT {folder}", "holds no report", (folder / COST).is_file(), replaces=True)
-    try:
-        import matplotlib  # noqa: F401 (the figures need it)
-    except ImportError as error:
-        raise UserError("the figures need matplotlib: pip install 'delta-llava[profile]'") from error
+    figure_class()
     place = model_folder(model, revision, weights=False)
     if variant is None:
         try:
@@ -62,28 +56,8 @@ def prepare(model: str, revision: str | None, variant: str | None, folder: Path 
 
 
 def read_results(files: Sequence[Path], variant: Variant | None) -> list[Measurement]:
-    """Of each task and budget in result files, the score that the paper's tables would show, in their order."""
-    chosen: dict[tuple[str, int], Measurement] = {}
-    for entry in (entry for file in files for entry in scores_of(file, 0, variant)):
-        known = chosen.get((entry.task, entry.tokens))
-        if known is None or _rank(entry) > _rank(known):
-            chosen[entry.task, entry.tokens] = entry
-    order = [*benchmarks(), None]
-    return sorted(chosen.values(), key=lambda entry: (order.index(entry.column), entry.task, -entry.tokens))
-
-
-def _rank(entry: Measurement) -> int:
-    """Which of a task's metrics is shown: the one of the paper's column, else CIDEr, else the first one."""
-    return 2 if entry.column else 1 if "cider" in entry.metric.lower() else 0
-
-
-def _is_caption(entry: Measurement) -> bool:
-    return "cider" in entry.metric.lower()
-
-
-def _title(entry: Measurement) -> str:
-    """The head of a column: the paper's name, or the task's with its metric."""
-    return entry.column or f"{entry.task} ({entry.metric})"
+    """What the paper's tables would show of result files, see `shown_scores`."""
+    return shown_scores([entry for file in files for entry in scores_of(file, 0, variant)])
 
 
 def table(measured: Sequence[Measurement]) -> tuple[list[str], list[list[str]]]:
@@ -105,7 +79,7 @@ def write_figure(measured: Sequence[Measurement], folder: Path) -> None:
 
 
 def new_page(folder: Path) -> contextlib.AbstractContextManager[Path]:
-    """A folder for a page and its figures that takes the place of `folder`, and of an earlier page there, when whole."""
+    """A folder for a page and its figures, which takes the place of `folder`, and of an earlier page, when whole."""
     return atomic_folder(folder, overwrite=True)
 
 
@@ -126,23 +100,23 @@ def write_page(
     about = first["config"]
     packages = about["versions_of_packages"]
     day = "-".join((first["date"][:4], first["date"][4:6], first["date"][6:8]))
-    parts = [
-        f"# {cost['name']}: scores and cost by visual tokens per picture",
+    parts = [f"# {cost['name']}: scores and cost by visual tokens per picture"]
+    parts.append(
         f"Scored on {day} (UTC) with lmms-eval {packages['lmms_eval']}, transformers {packages['transformers']}, "
         f"torch {packages['torch']} and delta-llava {packages['delta_llava']}, in {about['dtype']}; revision "
-        f"`{about['model_revision']}` of the model; greedy, with the prompt of training.",
-    ]
+        f"`{about['model_revision']}` of the model; greedy, with the prompt of training."
+    )
     if limited := sorted({f"{entry.task} {entry.rows[0]} of {entry.rows[1]}" for entry in measured if entry.rows}):
         parts.append(f"**Only a part of the rows was asked**: {', '.join(limited)}.")
     if variant is not None:
         parts.append(
-            f"Rows named after a table are printed in it ([paper]({PAPER['url']})), those at 576 tokens for LLaVA-1.5. "
-            "Its tables name no metric except CIDEr, and no split: the metrics here are those in which LLaVA-1.5's "
+            f"Rows named after a table are the [paper]({PAPER['url']})'s; those at 576 tokens are LLaVA-1.5's own. "
+            "The tables name no metric except CIDEr, and no split: the metrics here are those in which LLaVA-1.5's "
             "own row is known."
         )
     for title, entries in (
-        ("Scores", [entry for entry in measured if not _is_caption(entry)]),
-        ("Captions (CIDEr)", [entry for entry in measured if _is_caption(entry)]),
+        ("Scores", [entry for entry in measured if not entry.is_caption]),
+        ("Captions (CIDEr)", [entry for entry in measured if entry.is_caption]),
     ):
         if entries:
             parts += [f"## {title}", _score_table(entries, variant)]
@@ -157,7 +131,7 @@ def write_page(
 
 def _score_table(measured: Sequence[Measurement], variant: Variant | None) -> str:
     """Budgets down, tasks across: the paper's rows above this model's, and the difference below."""
-    titles = list(dict.fromkeys(_title(entry) for entry in measured))
+    titles = list(dict.fromkeys(entry.title for entry in measured))
 
     def printed(label: str, row: Row) -> list[str]:
         return [f"{label} ({row.source})", *row.values(["tokens", *titles])]
@@ -165,7 +139,7 @@ def _score_table(measured: Sequence[Measurement], variant: Variant | None) -> st
     baselines = [row for row in variant.baselines if row.tokens == UNCOMPRESSED_TOKENS] if variant else []
     rows = [printed(f"LLaVA-1.5{' 13B' * ('13B' in row.method)}", row) for row in baselines]
     for tokens in sorted({entry.tokens for entry in measured}, reverse=True):
-        at = {_title(entry): entry for entry in measured if entry.tokens == tokens}
+        at = {entry.title: entry for entry in measured if entry.tokens == tokens}
         listed = variant.at(tokens) if variant else None
         rows += [printed("Delta-LLaVA", row) for row in (listed.rows if listed else ())]
         cells = [f"**{at[title].scaled}**" if title in at else MISSING for title in titles]
@@ -189,37 +163,3 @@ def _cost_table(variant: Variant | None, cost: dict[str, Any]) -> str:
         figures = row.values(["tokens_per_second", "total_tflops"]) if row else [MISSING, MISSING]
         rows.append([tokens, *cells, *(figures if printed else [])])
     return markdown(head, rows)
-
-
-# --- figure ----------------------------------------------------------------------------------------------------------
-
-
-def draw_scores(measured: Sequence[Measurement]) -> bytes:
-    """Score against visual tokens as a PNG: a panel for each task, the paper's scores beside where there are any."""
-    from matplotlib.figure import Figure
-
-    titles = list(dict.fromkeys(_title(entry) for entry in measured))
-    columns = min(PANEL_COLUMNS, len(titles))
-    lines = -(-len(titles) // columns)
-    figure = Figure(figsize=(4.2 * columns + 1, 3.2 * lines), dpi=100, layout="constrained")
-    for number, title in enumerate(titles, start=1):
-        axes = figure.add_subplot(lines, columns, number)
-        entries = sorted((entry for entry in measured if _title(entry) == title), key=lambda entry: entry.tokens)
-        printed = [(entry.tokens, entry.paper.value) for entry in entries if entry.paper]
-        if printed:
-            axes.plot(*zip(*printed, strict=True), "o--", color=FAINT, lw=1.5, ms=4, label="paper")
-        points = [(entry.tokens, entry.value * entry.factor) for entry in entries]
-        axes.plot(*zip(*points, strict=True), "o-", color=OURS, lw=2.5, ms=6, label="this model")
-        ticks = [entry.tokens for entry in entries]
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, list(map(str, ticks)))
-        axes.minorticks_off()
-        axes.set_title(title, loc="left", fontsize=11)
-        axes.set_xlabel("visual tokens per picture", fontsize=9)
-        axes.grid(axis="y", color="#e5e7eb")
-        axes.spines[["top", "right"]].set_visible(False)
-        if printed:
-            axes.legend(frameon=False, fontsize=9)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", metadata={"Software": None})
-    return picture.getvalue()

@@ -222,7 +222,7 @@ def write_json(document: dict[str, Any], path: Path):
 
 
 def cost_rows(document: dict[str, Any]) -> dict[str, Any]:
-    """A measured profile for a page: `name`, heads of `columns`, `rows` of cells (the budget first) and `about` them."""
+    """A measured profile for a page: `name`, heads of `columns`, `rows` of cells (the budget first), `about` all."""
     unit, size = flop_unit(document)
     parts = {"vision_tower": "tower", "projector": "projector", "prefill": "prefill", "decode": "decode"}
     rows = []

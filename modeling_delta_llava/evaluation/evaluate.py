@@ -166,6 +166,7 @@ def evaluate(
 def _scored(asked, budget: int, tasks: list, manager, limit: int | None, output: Path) -> dict[str, Any] | None:
     """lmms-eval's results at a budget, samples included; `None` in processes that are not the first."""
     from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.utils import get_datetime_str
 
     asked.num_visual_tokens = budget
     # What lmms-eval's own command line would hand to tasks: some write files for a test server there.
@@ -180,6 +181,7 @@ def _scored(asked, budget: int, tasks: list, manager, limit: int | None, output:
             limit=limit,
             log_samples=True,
             cli_args=arguments,
+            datetime_str=get_datetime_str(timezone="UTC"),
         )
 
 

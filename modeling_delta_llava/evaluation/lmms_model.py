@@ -1,4 +1,4 @@
-"""Delta-LLaVA as a model of lmms-eval: `lmms-eval --model delta_llava --model_args pretrained=REPO,num_visual_tokens=36`.
+"""Delta-LLaVA in lmms-eval: `lmms-eval --model delta_llava --model_args pretrained=REPO,num_visual_tokens=36`.
 
 The prompt is training's, by the folder's chat template; answers are greedy where a task does not ask for sampling, and
 batches are padded on the left. One run may ask for several budgets. A picture's tower features are then computed once,

@@ -1,4 +1,4 @@
-"""Tasks of lmms-eval over pictures drawn here: one with short answers, and lmms-eval's own caption task on other rows."""
+"""Tasks of lmms-eval over pictures drawn here: one with short answers, and lmms-eval's caption task on other rows."""
 
 import io
 import random
