@@ -70,14 +70,18 @@ def write_tasks(folder: Path, short: list[dict], captions: list[dict] = (), max_
     if captions:
         import lmms_eval.tasks
 
+        flickr = Path(lmms_eval.tasks.__file__).parent / "flickr30k"
         task = {
-            "include": str(Path(lmms_eval.tasks.__file__).parent / "flickr30k" / "flickr30k_test.yaml"),
+            "include": str(flickr / "flickr30k_test.yaml"),
             "task": CAPTIONS,
             "dataset_path": "parquet",
             "dataset_kwargs": {"data_files": {"test": str(folder / "captions.parquet")}},
             "generation_kwargs": settings,
         }
-        (folder / f"{CAPTIONS}.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+        # CIDEr alone: METEOR takes a Java process and 20 seconds for each budget.
+        (folder / "drawn_cider.py").write_text("from lmms_eval.tasks.flickr30k.utils import flickr_cider\n")
+        metric = "metric_list:\n- {metric: flickr_CIDEr, aggregation: !function drawn_cider.flickr_cider}\n"
+        (folder / f"{CAPTIONS}.yaml").write_text(yaml.safe_dump(task) + metric, encoding="utf-8")
         _write(captions, folder / "captions.parquet", {"caption": Sequence(text), "img_id": Value("int64")})
     return folder
 
