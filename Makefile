@@ -57,13 +57,13 @@ test-deepspeed: install
 	PYTHONPATH=$(abspath $(VENV)/deepspeed) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
 		$(PYTHON) -m pytest -k deepspeed tests/finetuning/test_several_processes.py
 
-# As docs/evaluating.md installs it. It stands apart because of the old versions that lmms-eval needs.
+# As docs/evaluating.md installs it, without our pins: lmms-eval needs older versions of some of those packages.
 EVALUATION := .venv-evaluation
-$(EVALUATION)/.installed: pyproject.toml requirements/common.txt requirements/newest.txt
+$(EVALUATION)/.installed: pyproject.toml
 	$(BASE_PYTHON) -m venv $(EVALUATION)
 	$(EVALUATION)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile $(TORCH)
 	$(EVALUATION)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
-		-c requirements/newest.txt -e '.[evaluation]' pytest pytest-timeout
+		-e '.[evaluation]' pytest pytest-timeout
 	$(EVALUATION)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
 		--no-deps lmms-eval==0.7.3
 	touch $@
