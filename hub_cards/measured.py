@@ -123,7 +123,9 @@ def shown_scores(measured: Sequence[Measurement]) -> list[Measurement]:
     for entry in sorted(measured, key=lambda entry: (entry.column is None, not entry.is_caption)):
         chosen.setdefault((entry.task, entry.tokens), entry)
     order = [*benchmarks(), None]
-    return sorted(chosen.values(), key=lambda entry: (order.index(entry.column), entry.task, -entry.tokens))
+    return sorted(
+        chosen.values(), key=lambda entry: (order.index(entry.column), entry.is_caption, entry.task, -entry.tokens)
+    )
 
 
 def _result_files(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -69,7 +70,7 @@ def known_tasks(names: Sequence[str], include_path: Path | None = None):
         )
     for name in names:
         if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
             raise UserError(f"no task is called {printable(name)!r}: {hint}`lmms-eval tasks list` lists them all")
     return manager
@@ -82,6 +83,7 @@ def load_tasks(manager, names: Sequence[str]) -> list:
         UserError: the rows of one cannot be had, or what scores it is not installed.
     """
     from lmms_eval.tasks import get_task_dict
+    from tenacity import RetryError
 
     def leaves(loaded: dict) -> list:
         return [leaf for value in loaded.values() for leaf in (leaves(value) if isinstance(value, dict) else [value])]
@@ -90,8 +92,11 @@ def load_tasks(manager, names: Sequence[str]) -> list:
     for name in names:
         advice = "connect to the Hub (`hf auth login` where a data set asks for it), or leave the task out"
         with told(f"task {name} has no data here", advice):
-            for task in leaves(get_task_dict([name], manager, "chat")):
-                tasks[task.config.task] = task
+            try:
+                found = leaves(get_task_dict([name], manager, "chat"))
+            except RetryError as error:
+                raise error.last_attempt.exception() from None
+            tasks |= {task.config.task: task for task in found}
     for name, task in tasks.items():
         metrics = [str(entry["metric"]) for entry in task.config.metric_list or ()]
         if any("cider" in metric.lower() for metric in metrics) and shutil.which("java") is None:
@@ -171,7 +176,9 @@ def _scored(asked, budget: int, tasks: list, manager, limit: int | None, output:
     asked.num_visual_tokens = budget
     # What lmms-eval's own command line would hand to tasks: some write files for a test server there.
     arguments = argparse.Namespace(output_path=str(output / str(budget)), process_with_media=False)
-    with told(f"the evaluation at {budget} visual tokens failed", "mend that; the same command goes on from there"):
+    advice = "mend that; the same command goes on from there"
+    # What scores captions prints as it goes.
+    with told(f"the evaluation at {budget} visual tokens failed", advice), contextlib.redirect_stdout(sys.stderr):
         return simple_evaluate(
             model=asked,
             tasks=tasks,
