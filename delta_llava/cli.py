@@ -534,10 +534,11 @@ def evaluate(
     if report is not None:
         typer.echo(f"measuring speed for {report}", err=True)
         with reports.new_page(report) as building:
+            folder = str(model_folder(model, revision))
             document = efficiency.profile(
-                efficiency.read_config(model, revision),
+                efficiency.read_config(folder),
                 name=Path(model).resolve().name,
-                weights=str(model_folder(model, revision)),
+                weights=folder,
                 budgets=[entry.tokens for entry in measured],
                 device=device,
                 dtype=None if dtype == "auto" else dtype,

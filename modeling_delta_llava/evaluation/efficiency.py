@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def read_config(source: str, revision: str | None = None) -> DeltaLlavaConfig:
+def read_config(source: str) -> DeltaLlavaConfig:
     """Config of a Delta-LLaVA folder or Hub repository.
 
     Raises:
         UserError: if there is none, or it is another model's.
     """
-    fields = read_json(model_folder(source, revision, weights=False) / "config.json")
+    fields = read_json(model_folder(source, weights=False) / "config.json")
     if fields.get("model_type") != DeltaLlavaConfig.model_type:
         raise UserError(
             f"{source}: its config.json says model_type {fields.get('model_type')!r}, not "

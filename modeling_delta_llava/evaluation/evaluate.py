@@ -29,6 +29,10 @@ from .efficiency import read_config
 LMMS_EVAL = "0.7.3"
 INSTALL = f"pip install 'delta-llava[evaluation]' and then pip install --no-deps lmms-eval=={LMMS_EVAL}"
 RESULTS = "results"
+NO_KEY = (
+    "note: lmms-eval sends answers that name no option to OpenAI's API (OPENAI_API_KEY, which is not set), and guesses "
+    "when that fails; mmbench_en_dev_static does neither"
+)
 
 
 def check_installed() -> None:
@@ -98,10 +102,14 @@ def load_tasks(manager, names: Sequence[str]) -> list:
                 raise error.last_attempt.exception() from None
             tasks |= {task.config.task: task for task in found}
     for name, task in tasks.items():
-        metrics = [str(entry["metric"]) for entry in task.config.metric_list or ()]
-        if any("cider" in metric.lower() for metric in metrics) and shutil.which("java") is None:
+        if any("cider" in metric.lower() for metric in metrics_of(task)) and shutil.which("java") is None:
             raise UserError(f"task {name} scores captions with Java, which is not installed: install a Java runtime")
     return list(tasks.values())
+
+
+def metrics_of(task) -> list[str]:
+    """Names of a task's metrics."""
+    return [str(entry["metric"]) for entry in task.config.metric_list or ()]
 
 
 def evaluate(
@@ -142,20 +150,23 @@ def evaluate(
             unknown task; rows that cannot be had; a folder that holds something else.
     """
     check_installed()
-    config = read_config(model, revision)
+    place = model_folder(model, revision)
+    config = read_config(str(place))
     check_budgets(config, budgets)
     budgets = list(dict.fromkeys(budgets or [config.num_visual_tokens]))
-    answers.revision_of(model_folder(model, revision))
+    answers.revision_of(place)
     output = Path(output)
     kept = output / answers.FOLDER
     check_output_folder(output, f"OUTPUT {output}", "holds no evaluation", is_ours=kept.is_dir())
     manager = known_tasks(tasks, include_path)
     say(f"reading the rows of {', '.join(tasks)}")
     loaded = load_tasks(manager, tasks)
+    if any("gpt" in metric for task in loaded for metric in metrics_of(task)) and "OPENAI_API_KEY" not in os.environ:
+        say(NO_KEY)
 
     from .lmms_model import DeltaLlavaForEvaluation
 
-    asked = DeltaLlavaForEvaluation(model, budgets, revision, dtype, batch_size, device, kept)
+    asked = DeltaLlavaForEvaluation(str(place), budgets, None, dtype, batch_size, device, kept)
     is_first = asked.rank == 0
     with atomic_folder(output / RESULTS, overwrite=True) if is_first else contextlib.nullcontext() as building:
         names = []

@@ -7,6 +7,7 @@ and so are those of a picture that neighbouring questions share.
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -74,19 +75,20 @@ class DeltaLlavaForEvaluation(lmms):
         if max_batch_size is not None:
             raise UserError("max_batch_size belongs to automatic batch sizes, which this model does not have")
         self.batch_size = int(batch_size)
-        config = read_config(pretrained, revision)
+        folder = model_folder(pretrained, revision)
+        config = read_config(str(folder))
         budgets = config.num_visual_tokens if num_visual_tokens is None else num_visual_tokens
         self.budgets = [budgets] if isinstance(budgets, int | str) else list(budgets)
         check_budgets(config, self.budgets)
         self.num_visual_tokens = self.budgets[0]
-        self.revision = revision_of(model_folder(pretrained, revision))
+        self.revision = revision_of(folder)
 
-        self.accelerator = Accelerator(cpu=device == "cpu")
-        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        if self.world_size > 1:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            self.accelerator = Accelerator(cpu=device == "cpu")
+            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
             device = str(self.accelerator.device)
-        self.model, self.processor = load(pretrained, revision, device or "auto", dtype)
-        check_chat_template(self.processor, pretrained)
+        self.model, self.processor = load(str(folder), device=device or "auto", dtype=dtype)
+        check_chat_template(self.processor, folder)
         self.device, self.dtype = self.model.device, self.model.dtype
         self.answers = Answers(None if answers is None else Path(answers), self.rank)
         self._features: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = {}

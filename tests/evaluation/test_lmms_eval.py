@@ -30,6 +30,7 @@ from PIL import Image  # noqa: E402
 
 from delta_llava import cli  # noqa: E402
 from delta_llava.errors import UserError  # noqa: E402
+from examples.demo import drawings  # noqa: E402
 from modeling_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor  # noqa: E402
 from modeling_delta_llava.evaluation import lmms_model  # noqa: E402
 from modeling_delta_llava.evaluation.answers import Answers  # noqa: E402
@@ -248,6 +249,19 @@ def test_two_processes(folder, tasks, expected, tmp_path):
     assert len(shares) == 2
     assert sum(shares) >= 22
     assert min(shares) >= 10
+
+
+def test_the_demos_exam_is_a_task(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drawings.write_set(Path("demo-output/data"), "exam", drawn_tasks.scenes(2), 5)
+    rows = json.loads(Path("demo-output/data/exam_questions.json").read_text(encoding="utf-8"))
+    tasks = Path(__file__).parents[2] / "examples" / "demo" / "tasks"
+    assert evaluate(folder, tasks, "out", "--batch-size", 8, names="demo_shapes", budgets="4") == 0
+    (file,) = Path("out", "results").glob("samples_demo_shapes_*")
+    samples = [json.loads(line) for line in file.open(encoding="utf-8")]
+    turns = [turn["value"].removeprefix("<image>\n") for row in rows for turn in row["conversations"]]
+    assert [sample["doc"]["question"] for sample in samples] == turns[::2]
+    assert [sample["target"] for sample in samples] == turns[1::2]
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
