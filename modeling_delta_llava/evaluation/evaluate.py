@@ -30,8 +30,8 @@ LMMS_EVAL = "0.7.3"
 INSTALL = f"pip install 'delta-llava[evaluation]' and then pip install --no-deps lmms-eval=={LMMS_EVAL}"
 RESULTS = "results"
 NO_KEY = (
-    "note: lmms-eval sends answers that name no option to OpenAI's API (OPENAI_API_KEY, which is not set), and guesses "
-    "when that fails; mmbench_en_dev_static does neither"
+    "note: lmms-eval sends answers that name no option to OpenAI's API, and guesses when that fails (OPENAI_API_KEY is "
+    "not set); mmbench_en_dev_static does neither"
 )
 
 

@@ -33,7 +33,6 @@ from delta_llava.errors import UserError  # noqa: E402
 from examples.demo import drawings  # noqa: E402
 from modeling_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor  # noqa: E402
 from modeling_delta_llava.evaluation import lmms_model  # noqa: E402
-from modeling_delta_llava.evaluation.answers import Answers  # noqa: E402
 from modeling_delta_llava.hub_cards.variants import paper_tasks  # noqa: E402
 from modeling_delta_llava.modeling_delta_llava import DeltaLlavaModel  # noqa: E402
 from tests import tiny  # noqa: E402
@@ -229,8 +228,6 @@ def test_a_killed_run_goes_on(folder, tasks, expected, tmp_path):
     # As if the kill had come in the middle of a line.
     whole = answers.read_text(encoding="utf-8").rstrip("\n")
     answers.write_text(whole[:-10], encoding="utf-8")
-    known = len(Answers(output / "answers")._known)
-    assert 3 <= known < 22
     assert evaluate(folder, tasks, output) == 0
     assert scores(output) == pytest.approx(expected)
     lines = [line for line in answers.read_text(encoding="utf-8").splitlines() if line]
