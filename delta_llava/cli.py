@@ -511,18 +511,16 @@ def evaluate(
     output = output or Path(f"{Path(model).resolve().name}-evaluation")
     compared = reports.prepare(model, revision, variant, report)
     files = evaluate_model(
-        *(
-            model,
-            list(dict.fromkeys(names)),
-            output,
-            budgets,
-            include_path,
-            limit,
-            batch_size,
-            revision,
-            device,
-            dtype,
-        ),
+        model,
+        list(dict.fromkeys(names)),
+        output,
+        budgets=budgets,
+        include_path=include_path,
+        limit=limit,
+        batch_size=batch_size,
+        revision=revision,
+        device=device,
+        dtype=dtype,
         say=lambda line: typer.echo(line, err=True) if is_first_process() else None,
     )
     if not files:

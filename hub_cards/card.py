@@ -163,17 +163,22 @@ def _measured_results(
             dataset_type=entry.dataset or entry.task,
             dataset_name=entry.task,
             metric_type=entry.metric,
-            metric_name=f"{entry.metric} (measured from this repository)",
+            metric_name=f"{entry.metric} (measured from this repository){entry.part}",
             metric_value=entry.value,
             **source,
         )
-        new = entry.dataset and EvalResultEntry(
-            dataset_id=entry.dataset,
-            task_id=entry.task,
-            value=entry.value,
-            date=entry.date,
-            notes=f"{entry.metric}, measured from this repository at {entry.tokens} visual tokens",
-            **source,
+        # The Hub compares these with others': a part of the rows is no score of the data set.
+        new = (
+            entry.dataset
+            and not entry.rows
+            and EvalResultEntry(
+                dataset_id=entry.dataset,
+                task_id=entry.task,
+                value=entry.value,
+                date=entry.date,
+                notes=f"{entry.metric}, measured from this repository at {entry.tokens} visual tokens",
+                **source,
+            )
         )
         yield old, new or None
 

@@ -44,8 +44,12 @@ class Measurement:
 
     @property
     def text(self) -> str:
-        text = f"{self.value:.4g}" if abs(self.value) < 1000 else f"{self.value:.2f}"
-        return text if self.rows is None else f"{text} ({self.rows[0]} of {self.rows[1]} rows)"
+        return (f"{self.value:.4g}" if abs(self.value) < 1000 else f"{self.value:.2f}") + self.part
+
+    @property
+    def part(self) -> str:
+        """What is said behind a score of a part of the rows."""
+        return "" if self.rows is None else f" ({self.rows[0]} of {self.rows[1]} rows)"
 
     @property
     def is_caption(self) -> bool:

@@ -65,7 +65,7 @@ def table(measured: Sequence[Measurement]) -> tuple[list[str], list[list[str]]]:
     head = ["task", "metric", "visual tokens", "score", "paper", "difference"]
     rows = [
         [
-            *(entry.task, entry.metric, str(entry.tokens), entry.text),
+            *(entry.task, entry.metric, str(entry.tokens), entry.scaled + entry.part),
             *(MISSING if entry.paper is None else entry.paper.text, entry.difference),
         ]
         for entry in measured

@@ -30,8 +30,8 @@ LMMS_EVAL = "0.7.3"
 INSTALL = f"pip install 'delta-llava[evaluation]' and then pip install --no-deps lmms-eval=={LMMS_EVAL}"
 RESULTS = "results"
 NO_KEY = (
-    "note: lmms-eval sends answers that name no option to OpenAI's API, and guesses when that fails (OPENAI_API_KEY is "
-    "not set); mmbench_en_dev_static does neither"
+    "note: lmms-eval sends answers that name no option to OpenAI's API, and guesses when that fails, as it will "
+    "without OPENAI_API_KEY; mmbench_en_dev_static does neither"
 )
 
 
@@ -95,11 +95,13 @@ def load_tasks(manager, names: Sequence[str]) -> list:
     tasks = {}
     for name in names:
         advice = "connect to the Hub (`hf auth login` where a data set asks for it), or leave the task out"
-        with told(f"task {name} has no data here", advice):
+        with told(f"the data of task {name} cannot be had", advice):
             try:
                 found = leaves(get_task_dict([name], manager, "chat"))
             except RetryError as error:
                 raise error.last_attempt.exception() from None
+            except ImportError as error:
+                raise UserError(f"task {name} needs what is not installed ({reason(error)}): install it") from error
             tasks |= {task.config.task: task for task in found}
     for name, task in tasks.items():
         if any("cider" in metric.lower() for metric in metrics_of(task)) and shutil.which("java") is None:

@@ -89,6 +89,8 @@ class DeltaLlavaForEvaluation(lmms):
             device = str(self.accelerator.device)
         self.model, self.processor = load(str(folder), device=device or "auto", dtype=dtype)
         check_chat_template(self.processor, folder)
+        for budget in self.budgets:
+            self.model.model.check_budgets(budget, 1)  # warns of those it was not trained at
         self.device, self.dtype = self.model.device, self.model.dtype
         self.answers = Answers(None if answers is None else Path(answers), self.rank)
         self._features: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = {}

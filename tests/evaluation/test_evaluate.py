@@ -121,10 +121,10 @@ def test_scores_stand_beside_the_papers(results):
     measured = report.read_results(results, get_variant(VARIANT))
     _, rows = report.table(measured)
     assert rows == [
-        ["gqa", "exact_match", "144", "0.62", "62.34", "-0.34"],
-        ["gqa", "exact_match", "36", "0.615", "61", "+0.50"],
-        ["nocaps_val", "nocaps_CIDEr", "144", "1", "102.6", "-2.60"],
-        ["nocaps_val", "nocaps_CIDEr", "36", "0.99", "99.8", "-0.80"],
+        ["gqa", "exact_match", "144", "62.00", "62.34", "-0.34"],
+        ["gqa", "exact_match", "36", "61.50", "61", "+0.50"],
+        ["nocaps_val", "nocaps_CIDEr", "144", "100.00", "102.6", "-2.60"],
+        ["nocaps_val", "nocaps_CIDEr", "36", "99.00", "99.8", "-0.80"],
         ["mine", "accuracy", "144", "0.5", "–", "–"],
         ["mine", "accuracy", "36", "0.5", "–", "–"],
     ]
@@ -174,6 +174,14 @@ def test_a_part_of_the_rows_says_so(tmp_path):
     file = result_file(tmp_path / "a_results.json", 36, {"gqa": ("exact_match", 0.5)}, rows=(100, 12578))
     (entry,) = report.read_results([file], None)
     assert entry.text == "0.5 (100 of 12578 rows)"
+
+
+def test_a_part_of_the_rows_is_no_result_for_the_hub(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    file = result_file(tmp_path / "a_results.json", 4, {"gqa": ("exact_match", 0.5)}, rows=(100, 12578))
+    assert cli.main(["card", str(copy), "--results", str(file)]) == 0
+    assert "| gqa | exact_match | 0.5 (100 of 12578 rows) | 4 |" in (copy / "README.md").read_text(encoding="utf-8")
+    assert not (copy / ".eval_results").exists()
 
 
 def test_card_of_a_variant_sets_scores_beside_the_papers(results, tmp_path):

@@ -350,7 +350,7 @@ def other_model(folder: Path, place: Path) -> Path:
         ("no weights", "has no weights"),
         ("unknown task", "no task is called 'popee': did you mean pope"),
         ("budget", "num_visual_tokens"),
-        ("no data", "task gqa has no data here"),
+        ("no data", "the data of task gqa cannot be had"),
         ("no folder", "does not exist"),
         ("tasks", "--include-path"),
         ("output", "holds no evaluation"),
