@@ -18,6 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
 from delta_llava.errors import UserError, printable, reason, told
 from modeling_delta_llava.asking import model_folder
 from modeling_delta_llava.building import check_budgets
@@ -26,7 +28,7 @@ from modeling_delta_llava.folders import atomic_folder, check_output_folder
 from . import answers
 from .efficiency import read_config
 
-LMMS_EVAL = "0.7.3"
+LMMS_EVAL, FILELOCK_END = "0.7.3", "4.3"
 INSTALL = f"pip install 'delta-llava[evaluation]' and then pip install --no-deps lmms-eval=={LMMS_EVAL}"
 RESULTS = "results"
 NO_KEY = (
@@ -43,6 +45,11 @@ def check_installed() -> None:
     """
     if find_spec("lmms_eval") is None:
         raise UserError(f"lmms-eval is not installed: {INSTALL}")
+    if Version(version("filelock")) >= Version(FILELOCK_END):  # it would fail when the model is loaded
+        raise UserError(
+            f"lmms-eval needs filelock before {FILELOCK_END}, and {version('filelock')} is installed: "
+            f"pip install 'filelock<{FILELOCK_END}'"
+        )
     try:
         importlib.import_module("lmms_eval.evaluator")
     except ImportError as error:

@@ -148,8 +148,9 @@ class DeltaLlavaForEvaluation(lmms):
         conversations = []
         for request, _ in batch:
             _, doc_to_messages, settings, doc_id, task, split = request.args
-            messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
-            conversations.append(messages.to_hf_messages())
+            with told(f"row {doc_id} of task {task} cannot be asked", "mend it, or leave the task out"):
+                messages = doc_to_messages(self.task_dict[task][split][doc_id])
+                conversations.append(ChatMessages(messages=messages).to_hf_messages())
         for budget in self.budgets:
             rows = [row for row, (_, keys) in enumerate(batch) if self.answers.get(keys[budget]) is None]
             if not rows:

@@ -92,8 +92,8 @@ def _write(rows: list[dict], file: Path, columns: dict) -> None:
 
 
 def _encoded(image) -> dict | None:
-    if image is None:
-        return None
+    if image is None or isinstance(image, dict):
+        return image
     stream = io.BytesIO()
     image.save(stream, "PNG")
     return {"bytes": stream.getvalue(), "path": None}

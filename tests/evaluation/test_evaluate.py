@@ -232,6 +232,15 @@ def test_without_lmms_eval(folder, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_with_a_filelock_that_lmms_eval_cannot_use(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "find_spec", lambda name: name)
+    monkeypatch.setattr(evaluate, "version", {"filelock": "4.3.1"}.__getitem__)
+    line = error_of(capsys, folder, "--tasks", "gqa")
+    assert line.endswith("needs filelock before 4.3, and 4.3.1 is installed: pip install 'filelock<4.3'")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -384,6 +384,16 @@ def test_one_line(case, said, folder, tasks, tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_picture_that_cannot_be_read(folder, rows, tmp_path, capsys):
+    """What was answered before it is kept, and nothing else is there."""
+    broken = {**rows[1], "image": {"bytes": b"no picture", "path": None}}
+    tasks = drawn_tasks.write_tasks(tmp_path / "tasks", [rows[0], broken])
+    assert evaluate(folder, tasks, tmp_path / "out", budgets="4") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: row 1 of task {drawn_tasks.SHORT} cannot be asked (cannot identify image file")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["answers"]
+
+
 def test_no_other_kind_of_request(folder):
     model = lmms_model.DeltaLlavaForEvaluation(str(folder), device="cpu")
     with pytest.raises(UserError, match="generates answers and rates none"):
