@@ -126,9 +126,13 @@ class DeltaLlavaForEvaluation(lmms):
 
     def _data_of(self, task: str, split: str) -> dict[str, Any]:
         """What answers about a task's rows depend on, beside the single question."""
-        files = [Path(file["filename"]) for file in self.task_dict[task][split].cache_files]
-        rows = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        return {"model": self.revision, "dtype": str(self.dtype), "task": task, "split": split, "rows": rows}
+        rows = self.task_dict[task][split]
+        # The folder of the cache is named after the commit or the files that the rows were read from. A file in it has
+        # another name in every run where a task works on its rows, as GQA does.
+        places = sorted({str(Path(file["filename"]).parent) for file in rows.cache_files})
+        sizes = {name: part.num_bytes for name, part in (rows.info.splits or {}).items()}
+        data = {"task": task, "split": split, "places": places, "sizes": sizes}
+        return {"model": self.revision, "dtype": str(self.dtype), **data}
 
     def _batches(self, missing: list) -> Iterator[list]:
         """Consecutive requests of one task with the same settings, `batch_size` at a time."""

@@ -14,6 +14,15 @@ POST_PROMPT = "\nAnswer the question using a single word or phrase."
 PROMPT = "Provide a one-sentence caption for the provided image."
 
 UTILS = f"""
+import os
+
+
+# As GQA's: `datasets` sees another function in every run.
+def worked_on(rows):
+    mark = os.urandom(8)
+    return rows.map(lambda row: {{"mark": str(mark)}})
+
+
 def pictures(row):
     return [row["image"].convert("RGB")] if row["image"] else []
 
@@ -63,7 +72,8 @@ def write_tasks(folder: Path, short: list[dict], captions: list[dict] = (), max_
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         "doc_to_target": "answer",
     }
-    functions = "doc_to_visual: !function drawn_utils.pictures\ndoc_to_text: !function drawn_utils.question\n"
+    functions = "process_docs: !function drawn_utils.worked_on\n"
+    functions += "doc_to_visual: !function drawn_utils.pictures\ndoc_to_text: !function drawn_utils.question\n"
     (folder / f"{SHORT}.yaml").write_text(yaml.safe_dump(task) + functions, encoding="utf-8")
     text = Value("string")
     _write(short, folder / "short.parquet", {"question": text, "answer": text})

@@ -139,6 +139,11 @@ def test_score_equals_generates(batch_size, folder, tasks, expected, tmp_path, e
     assert scores(tmp_path / "out") == pytest.approx(expected)
     # Two budgets, and two questions about each picture.
     assert sum(encoded) == PICTURES
+    if batch_size == 4:
+        encoded.clear()
+        assert evaluate(folder, tasks, tmp_path / "out", "--batch-size", 8) == 0
+        assert encoded == []
+        assert scores(tmp_path / "out") == pytest.approx(expected)
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="lmms-eval scores captions with Java")
