@@ -472,7 +472,7 @@ def profile(
 @app.command(rich_help_panel=MEASURE)
 def evaluate(
     model: Annotated[str, typer.Argument(help="Hub folder or id.")],
-    further: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="[BUDGET...]")] = None,
+    further: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="BUDGET")] = None,
     tasks: Annotated[
         str, typer.Option(help="Tasks of lmms-eval, comma-separated; `paper` stands for the ten of the paper.")
     ] = "paper",
