@@ -5,6 +5,7 @@
 #   make test-versions                                  every supported transformers, and today's without a pin
 #   make test-versions ROWS="5.16 today"                some of them
 #   make test-deepspeed                                 ZeRO-2 and ZeRO-3 in two CPU processes; installs DeepSpeed
+#   make test-evaluation                                lmms-eval with local tasks, in an environment of its own
 #   make demo TORCH='torch==2.13.0 --index-url URL'     torch from another index (say, its CPU builds)
 
 BASE_PYTHON ?= python3
@@ -19,7 +20,7 @@ ROWS ?=
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-versions test-deepspeed lint format install clean
+.PHONY: demo test test-versions test-deepspeed test-evaluation lint format install clean
 
 # torch comes first: what needs it is then content with this version, and pulls in no other build. Python compiles what
 # it imports; the rest need not be.
@@ -56,6 +57,21 @@ test-deepspeed: install
 	PYTHONPATH=$(abspath $(VENV)/deepspeed) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
 		$(PYTHON) -m pytest -k deepspeed tests/finetuning/test_several_processes.py
 
+# As docs/evaluating.md installs it, without our pins: lmms-eval needs older versions of some of those packages.
+EVALUATION := .venv-evaluation
+$(EVALUATION)/.installed: pyproject.toml
+	$(BASE_PYTHON) -m venv $(EVALUATION)
+	$(EVALUATION)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile $(TORCH)
+	$(EVALUATION)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+		-e '.[evaluation]' pytest pytest-timeout
+	$(EVALUATION)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+		--no-deps lmms-eval==0.7.3
+	touch $@
+
+test-evaluation: $(EVALUATION)/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+		$(EVALUATION)/bin/python -m pytest -m evaluation $(PYTEST_ARGS) tests/evaluation/test_lmms_eval.py
+
 lint: install
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -65,4 +81,4 @@ format: install
 	$(PYTHON) -m ruff format .
 
 clean:
-	rm -rf .venv .venv-versions build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-versions .venv-evaluation build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

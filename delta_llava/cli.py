@@ -465,6 +465,83 @@ def profile(
     efficiency.print_table(document)
 
 
+@app.command(rich_help_panel=MEASURE)
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Hub folder or id.")],
+    further: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="BUDGET")] = None,
+    tasks: Annotated[
+        str, typer.Option(help="Tasks of lmms-eval, comma-separated; `paper` stands for the ten of the paper.")
+    ] = "paper",
+    num_visual_tokens: Annotated[
+        str | None, typer.Option(help="Budgets, e.g. 576,144,36,1; by default the model's own.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of answers and results; by default NAME-evaluation.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for one page with scores, tokens/s and TFLOPs, beside the paper's.")
+    ] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Variant to compare with; by default the one that the model's card names.")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder of further tasks (lmms-eval's YAML).")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task; by default all.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 1,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a MODEL on the Hub.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (as saved), bfloat16, float16 or float32.")] = "auto",
+) -> None:
+    """Score a model with lmms-eval at several budgets, beside the paper; a killed run goes on where it was."""
+    from modeling_delta_llava.asking import model_folder, parse_budgets
+    from modeling_delta_llava.evaluation import efficiency
+    from modeling_delta_llava.evaluation.evaluate import evaluate as evaluate_model
+    from modeling_delta_llava.evaluation.evaluate import is_first_process
+    from modeling_delta_llava.hub_cards import report as reports
+    from modeling_delta_llava.hub_cards.variants import paper_tasks
+
+    budgets = parse_budgets(",".join([num_visual_tokens, *(further or ())]) if num_visual_tokens else None)
+    if further and not num_visual_tokens:
+        raise UserError(f"{printable(' '.join(further))} is no option: give one MODEL")
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    names = [task for name in names for task in (paper_tasks() if name == "paper" else [name])]
+    output = output or Path(f"{Path(model).resolve().name}-evaluation")
+    compared = reports.prepare(model, revision, variant, report)
+    files = evaluate_model(
+        model,
+        list(dict.fromkeys(names)),
+        output,
+        budgets=budgets,
+        include_path=include_path,
+        limit=limit,
+        batch_size=batch_size,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        say=lambda line: typer.echo(line, err=True) if is_first_process() else None,
+    )
+    if not files:
+        return
+    measured = reports.read_results(files, compared)
+    _print_table(*reports.table(measured))
+    reports.write_figure(measured, files[0].parent)
+    typer.echo(f"wrote {files[0].parent}")
+    if report is not None:
+        typer.echo(f"measuring speed for {report}", err=True)
+        with reports.new_page(report) as building:
+            folder = str(model_folder(model, revision))
+            document = efficiency.profile(
+                efficiency.read_config(folder),
+                name=Path(model).resolve().name,
+                weights=folder,
+                budgets=[entry.tokens for entry in measured],
+                device=device,
+                dtype=None if dtype == "auto" else dtype,
+                png_file=building / reports.COST,
+            )
+            reports.write_page(building, files, measured, compared, efficiency.cost_rows(document))
+        typer.echo(f"wrote {report}")
+
+
 def _one_line(error: BaseException) -> str:
     """What went wrong, as one line: an `OSError` names its file, a usage error the help to read."""
     if isinstance(error, _CommandLineError):

@@ -31,9 +31,9 @@ from modeling_delta_llava.card import (
 )
 from modeling_delta_llava.folders import check_output_folder
 from modeling_delta_llava.foreign_code import refuse_foreign_code
-from modeling_delta_llava.hub_cards.figure import chart_for, draw_chart
+from modeling_delta_llava.hub_cards.figure import chart_for, draw_chart, draw_scores
 from modeling_delta_llava.hub_cards.licences import licence_text, notice
-from modeling_delta_llava.hub_cards.measured import Measurement, read_measurements
+from modeling_delta_llava.hub_cards.measured import Measurement, read_measurements, shown_scores
 from modeling_delta_llava.hub_cards.metadata import as_list, check_reference, check_repository, licence_problem
 from modeling_delta_llava.hub_cards.variants import (
     MISSING,
@@ -47,7 +47,7 @@ from modeling_delta_llava.hub_cards.variants import (
 )
 from modeling_delta_llava.json_files import read_json
 
-FIGURE = "scores.png"
+FIGURE, MEASURED_FIGURE = "scores.png", "measured.png"
 DEFAULT_REVISION = "v1.0"
 TRAINER_STATE_FILE = "trainer_state.json"
 MEANINGS = {
@@ -163,17 +163,22 @@ def _measured_results(
             dataset_type=entry.dataset or entry.task,
             dataset_name=entry.task,
             metric_type=entry.metric,
-            metric_name=f"{entry.metric} (measured from this repository)",
+            metric_name=f"{entry.metric} (measured from this repository){entry.part}",
             metric_value=entry.value,
             **source,
         )
-        new = entry.dataset and EvalResultEntry(
-            dataset_id=entry.dataset,
-            task_id=entry.task,
-            value=entry.value,
-            date=entry.date,
-            notes=f"{entry.metric}, measured from this repository at {entry.tokens} visual tokens",
-            **source,
+        # The Hub compares these with others': a part of the rows is no score of the data set.
+        new = (
+            entry.dataset
+            and not entry.rows
+            and EvalResultEntry(
+                dataset_id=entry.dataset,
+                task_id=entry.task,
+                value=entry.value,
+                date=entry.date,
+                notes=f"{entry.metric}, measured from this repository at {entry.tokens} visual tokens",
+                **source,
+            )
         )
         yield old, new or None
 
@@ -353,7 +358,7 @@ def write_card(
         licence: identifier of the Hub; by default the variant's, or what the present card states. "other" needs a name
             and a link.
         base_models: Hub ids for `base_model`; by default the variant's, or what the config records.
-        results: result files of lmms-eval, which are copied into `eval/`.
+        results: result files of lmms-eval, or folders of them, which are copied into `eval/`.
         name: title; by default the variant's name, or the folder's.
 
     Raises:
@@ -373,13 +378,18 @@ def write_card(
         raise UserError(f"--license: {problem} (https://huggingface.co/docs/hub/repositories-licenses)")
     listed = get_variant(variant) if variant else None
     facts = gather_facts(folder, listed, repo_id, revision, stated, base_models, name)
-    measured, copied = read_measurements(folder, results, facts.config["num_visual_tokens"])
+    compared = None if facts.quantization else listed
+    measured, copied = read_measurements(folder, results, facts.config["num_visual_tokens"], compared)
     papers = list(paper_results(listed)) if listed and not facts.quantization else []
     ours = list(_measured_results(measured, repo_id, revision))
     sections = variant_sections(listed, bool(facts.quantization)) if listed else {}
+    drawn = shown_scores(measured)
+    several = len({entry.tokens for entry in drawn}) > 1
+    sections["measured_figure"] = MEASURED_FIGURE if several else None
     card = render(facts, [old for old, _ in (*papers, *ours)], measured=measured, **sections)
 
     files = {**copied, EXAMPLE.name: EXAMPLE.read_bytes()}
+    files[MEASURED_FIGURE] = draw_scores(drawn) if several else b""
     if sections.get("figure"):
         files[FIGURE] = draw_chart(chart_for(listed))
     for kind, found in (("paper", papers), ("measured", ours)):

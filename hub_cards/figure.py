@@ -1,13 +1,16 @@
-"""The figure of a variant's card: score against visual tokens."""
+"""The figures of a card: scores against visual tokens, as the paper prints them and as they were measured."""
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from delta_llava.errors import UserError
 from modeling_delta_llava.card import PAPER
+from modeling_delta_llava.hub_cards.measured import Measurement
 from modeling_delta_llava.hub_cards.variants import MISSING, Variant, benchmarks, paper_tables, variants
 
 FAINT, OURS = "#6b7280", "#c2410c"
+PANELS_PER_LINE = 3
 OTHERS = ("#2563eb", "#059669", "#7c3aed", "#a16207", "#0891b2")
 
 
@@ -100,12 +103,7 @@ def draw_chart(chart: Chart) -> bytes:
     Raises:
         UserError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("the figure of a card needs matplotlib: pip install 'delta-llava[profile]'") from error
-
-    figure = Figure(figsize=(9.6, 5.4), dpi=100, layout="constrained")
+    figure = figure_class()(figsize=(9.6, 5.4), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     colours = iter(OTHERS)
     for series in sorted(chart.series, key=lambda entry: entry.main):
@@ -125,6 +123,50 @@ def draw_chart(chart: Chart) -> bytes:
     axes.spines[["top", "right"]].set_visible(False)
     axes.minorticks_off()
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return _png(figure)
+
+
+def draw_scores(measured: Sequence[Measurement]) -> bytes:
+    """Score against visual tokens as a PNG: a panel for each task, the paper's scores beside where there are any."""
+    titles = list(dict.fromkeys(entry.title for entry in measured))
+    columns = min(PANELS_PER_LINE, len(titles))
+    lines = -(-len(titles) // columns)
+    figure = figure_class()(figsize=(4.2 * columns + 1, 3.2 * lines), dpi=100, layout="constrained")
+    for number, title in enumerate(titles, start=1):
+        axes = figure.add_subplot(lines, columns, number)
+        entries = sorted((entry for entry in measured if entry.title == title), key=lambda entry: entry.tokens)
+        printed = [(entry.tokens, entry.paper.value) for entry in entries if entry.paper]
+        if printed:
+            axes.plot(*zip(*printed, strict=True), "o--", color=FAINT, lw=1.5, ms=4, label="paper")
+        points = [(entry.tokens, entry.value * entry.factor) for entry in entries]
+        axes.plot(*zip(*points, strict=True), "o-", color=OURS, lw=2.5, ms=6, label="this model")
+        ticks = [entry.tokens for entry in entries]
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, list(map(str, ticks)))
+        axes.minorticks_off()
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.set_xlabel("visual tokens per picture", fontsize=9)
+        axes.grid(axis="y", color="#e5e7eb")
+        axes.spines[["top", "right"]].set_visible(False)
+        if printed:
+            axes.legend(frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def figure_class():
+    """matplotlib's `Figure`.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("a figure of scores needs matplotlib: pip install 'delta-llava[profile]'") from error
+    return Figure
+
+
+def _png(figure) -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", metadata={"Software": None})
     return picture.getvalue()

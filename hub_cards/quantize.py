@@ -14,7 +14,15 @@ from modeling_delta_llava.hub_cards.metadata import check_repository
 from modeling_delta_llava.json_files import read_json, write_json
 
 # Said of the full weights, or written anew.
-NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", ".eval_results", "config.json", "scores.png", "eval")
+NOT_COPIED = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    ".eval_results",
+    "config.json",
+    "scores.png",
+    "measured.png",
+    "eval",
+)
 
 
 def _source_repository(folder: Path) -> str | None:

@@ -139,6 +139,13 @@ class Variant:
     def notes(self) -> tuple[str, ...]:
         return tuple(note for note in (self.note, self.backbone.note, self.tower.note) if note)
 
+    def at(self, num_visual_tokens: int) -> "Variant | None":
+        """The variant of the same language model and tower at another budget; None when the paper has none."""
+        family = (
+            entry for entry in variants().values() if (entry.backbone, entry.tower) == (self.backbone, self.tower)
+        )
+        return next((entry for entry in family if entry.num_visual_tokens == num_visual_tokens), None)
+
     def shape_differences(self, config: dict[str, Any]) -> list[str]:
         """How the config of a folder (config.json as a dict) differs from this variant; empty when it fits."""
         differences = []
@@ -176,8 +183,13 @@ def paper_tables() -> dict[str, Table]:
 
 @cache
 def benchmarks() -> dict[str, dict[str, Any]]:
-    """Hub data set, tasks and metric of each column of the tables, by the name of the column."""
+    """Hub data set, tasks, metric and what is measured of each column of the tables, by the name of the column."""
     return _read("variants.yaml")["benchmarks"]
+
+
+def paper_tasks() -> list[str]:
+    """The tasks of lmms-eval whose scores stand beside the paper's, in the order of its columns."""
+    return [entry["measured"]["task"] for entry in benchmarks().values()]
 
 
 @cache

@@ -221,6 +221,30 @@ def write_json(document: dict[str, Any], path: Path):
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
+def cost_rows(document: dict[str, Any]) -> dict[str, Any]:
+    """A measured profile for a page: `name`, heads of `columns`, `rows` of cells (the budget first), `about` all."""
+    unit, size = flop_unit(document)
+    parts = {"vision_tower": "tower", "projector": "projector", "prefill": "prefill", "decode": "decode"}
+    rows = []
+    for row in document["budgets"]:
+        flops, paper = row["flops"]["counted"], row["flops"].get("paper_convention")
+        counts = [*(flops[part] for part in (*parts, "total")), *([paper["total"]] if paper else [])]
+        speed = row["measured"]["generate_tokens_per_s"]
+        rows.append([str(row["num_visual_tokens"]), f"{speed:.2f}", *(f"{count / size:.3f}" for count in counts)])
+    columns = ["tokens/s", *(f"{unit}: {label}" for label in (*parts.values(), "total"))]
+    if len(rows[0]) > 1 + len(columns):
+        columns.append(f"{unit} as the paper counts")
+    about = document["measured_on"]
+    return {
+        "name": document["model"],
+        "columns": columns,
+        "rows": rows,
+        "about": f"One picture, {document['text_tokens']} text tokens, {document['new_tokens']} new tokens; tokens/s "
+        f"of the whole answer, measured on {about['device']} in {about['dtype']} with {about['threads']} threads. The "
+        "paper's count leaves out one MLP matrix of three and the output head.",
+    }
+
+
 def table(document: dict[str, Any]) -> "Table":
     """The profile as a table: one row per budget, FLOPs by component, then what was measured."""
     from rich.table import Table
