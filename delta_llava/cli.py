@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from .errors import UserError, printable
 from .redaction import scrub
@@ -45,6 +45,19 @@ class _Sections(TyperGroup):
             members = [command for command in commands if command.rich_help_panel == section]
             with formatter.section(section):
                 formatter.write_dl([(command.name, command.get_short_help_str(limit=400)) for command in members])
+
+
+class _Budgets(TyperCommand):
+    """A command that takes budgets with spaces between them too: `--num-visual-tokens 16 64 144`."""
+
+    def parse_args(self, ctx, args):
+        joined = []
+        for argument in args:
+            if argument.isdecimal() and joined[-2:-1] == ["--num-visual-tokens"]:
+                joined[-1] += f",{argument}"
+            else:
+                joined.append(argument)
+        return super().parse_args(ctx, joined)
 
 
 app = typer.Typer(
@@ -467,6 +480,31 @@ def profile(
         png_file=png_file,
     )
     efficiency.print_table(document)
+
+
+@app.command(rich_help_panel=MEASURE, cls=_Budgets)
+def explain(
+    model: Annotated[str, typer.Argument(help="Hub folder or id.")],
+    image: Annotated[str, typer.Argument(help="Picture (path or http address).")],
+    question: Annotated[str, typer.Argument(help="Question in quotes.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG file to draw the sheet into.")],
+    num_visual_tokens: Annotated[
+        str | None, typer.Option(help="Budgets (16 64 144); by default those three, where the patch grid allows them.")
+    ] = None,
+    token: Annotated[str | None, typer.Option(help="Explain this word of the answer alone.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a MODEL on the Hub.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (as saved), bfloat16, float16 or float32.")] = "auto",
+) -> None:
+    """Draw where a model looks when it answers: heat maps at several budgets, and what each visual token reads."""
+    from modeling_delta_llava.evaluation.explain import explain_to_file
+
+    for explanation in explain_to_file(
+        model, image, question, output, num_visual_tokens, token, revision, max_new_tokens, device, dtype
+    ):
+        typer.echo(f"{explanation.num_visual_tokens}: {explanation.answer}")
+    typer.echo(f"wrote {output}")
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,0 +1,148 @@
+"""The sheet of `delta-llava explain`, after the paper's Figure 1: a picture, a heat map for each budget, the answers."""
+
+import os
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from delta_llava.errors import UserError, printable
+
+from . import figure
+
+if TYPE_CHECKING:
+    from .explain import Explanation
+
+# Written into the file, and looked for before one is replaced.
+SOFTWARE = "delta-llava explain"
+# Inches, and points of the font.
+PANEL, GAP, MARGIN, HEADING, LINE, FONT = 2.3, 0.12, 0.2, 0.28, 0.2, 10
+PIXELS_PER_INCH = 150
+INK, FAINT = "#222222", "#6b6b6b"
+
+
+def check_output(path: Path):
+    """Refuses early what `draw` could only refuse after all work.
+
+    Raises:
+        UserError: matplotlib is not installed, `path` is no .png in a folder that is there and can be written, or it is
+            a file that is no sheet.
+    """
+    figure.check(path)
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent} is no folder: make it, or write {path.name} elsewhere")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"no permission to write in {path.parent}: give another file")
+    if os.path.lexists(path) and not (path.is_file() and SOFTWARE.encode() in path.read_bytes()):
+        raise UserError(f"{path} exists and is no sheet of `explain`: give another file")
+
+
+def draw(explanations: Sequence["Explanation"], question: str, path: Path, token: str | None = None):
+    """Writes the sheet as a PNG file, which appears when it is whole.
+
+    The upper row shows the picture as the model sees it and the heat of every budget, the lower one how much visual
+    tokens read the patches of their windows, compared with reading all of them alike.
+
+    Args:
+        explanations: of one picture and question.
+        token: the word that the heat is of, if not the whole answer.
+
+    Raises:
+        UserError: as `check_output`.
+    """
+    check_output(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    width = 2 * MARGIN + (1 + len(explanations)) * (PANEL + GAP) - GAP
+    target = "the answer" if token is None else f"“{printable(token.strip())}”"
+    note = [
+        *wrapped(f"Above: Grad-CAM of {target}. Coloured patches speak for it, red ones most.", PANEL, FONT - 1),
+        "",
+        *wrapped(
+            "Right: the windows of patches that visual tokens read. Bright patches are read most.", PANEL, FONT - 1
+        ),
+    ]
+    said = [("bold", line) for line in wrapped(printable(question, None), width - 2 * MARGIN, FONT)]
+    for each in explanations:
+        answer = f"{each.num_visual_tokens}: {printable(each.answer, None) or '(no answer)'}"
+        said += [("normal", line) for line in wrapped(answer, width - 2 * MARGIN, FONT)]
+    height = 2 * MARGIN + HEADING + 2 * PANEL + 2 * GAP + len(said) * LINE
+    sheet = Figure(figsize=(width, height), dpi=PIXELS_PER_INCH)
+    FigureCanvasAgg(sheet)
+
+    def write(left: float, top: float, text: str, **style):
+        sheet.text(left / width, 1 - top / height, text, parse_math=False, va="top", **{"fontsize": FONT, **style})
+
+    def panel(row: int, column: int, pixels: np.ndarray):
+        left, top = MARGIN + column * (PANEL + GAP), MARGIN + HEADING + row * (PANEL + GAP)
+        box = (left / width, 1 - (top + PANEL) / height, PANEL / width, PANEL / height)
+        axes = sheet.add_axes(box, xticks=[], yticks=[])
+        axes.spines[:].set_color("#bbbbbb")
+        axes.imshow(pixels, extent=(0, 1, 1, 0))
+        return axes
+
+    def heading(column: int, text: str):
+        write(MARGIN + column * (PANEL + GAP) + PANEL / 2, MARGIN, text, ha="center", color=INK)
+
+    heading(0, "as the model sees it")
+    panel(0, 0, explanations[0].picture)
+    write(MARGIN, MARGIN + HEADING + PANEL + 2 * GAP, "\n".join(note), fontsize=FONT - 1, color=FAINT, linespacing=1.4)
+    for column, each in enumerate(explanations, start=1):
+        tokens = each.num_visual_tokens
+        heading(column, f"{tokens} visual token{'s' * (tokens > 1)}")
+        panel(0, column, heated(each.picture, each.heat))
+        reading = panel(1, column, read(each.picture, each.attention))
+        grid_size = round(tokens**0.5)
+        for edge in range(1, grid_size):
+            style = {"color": "white", "linewidth": 1.2 if grid_size <= 8 else 0.5}
+            reading.axhline(edge / grid_size, **style)
+            reading.axvline(edge / grid_size, **style)
+    for number, (weight, line) in enumerate(said):
+        top = MARGIN + HEADING + 2 * (PANEL + GAP) + number * LINE
+        write(MARGIN, top, line, fontweight=weight, color=INK)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        sheet.savefig(unfinished, format="png", metadata={"Software": SOFTWARE})
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def wrapped(text: str, inches: float, points: float) -> list[str]:
+    """Lines of a text that fit a width; letters are half as wide as high, or a little more."""
+    return textwrap.wrap(text, max(1, int(inches * 72 / (0.56 * points))))
+
+
+def enlarged(values: np.ndarray, side: int, resample: Image.Resampling) -> np.ndarray:
+    """A map `(H, W)` as `(side, side)`, within its own range."""
+    larger = Image.fromarray(values.astype(np.float32)).resize((side, side), resample)
+    return np.asarray(larger).clip(values.min(), values.max())
+
+
+def heated(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """A picture `(S, S, 3)` in pale grey under its heat `(H, W)`: `(S, S, 3)` floats."""
+    from matplotlib import colormaps
+
+    heat = enlarged(heat, len(picture), Image.Resampling.BICUBIC)
+    opacity = 0.75 * np.sqrt(heat)[..., None]
+    return (1 - opacity) * pale(picture) + opacity * colormaps["turbo"](0.15 + 0.8 * heat)[..., :3]
+
+
+def read(picture: np.ndarray, attention: np.ndarray) -> np.ndarray:
+    """A picture `(S, S, 3)` under what visual tokens read of it, `(V, H, W)`: `(S, S, 3)` floats."""
+    from matplotlib import colormaps
+
+    window = attention[0].size / len(attention)
+    even = attention.sum(0) * window  # 1 where a patch is read like the others of its window
+    shares = enlarged(even / even.max(), len(picture), Image.Resampling.NEAREST)
+    return 0.4 * pale(picture) + 0.6 * colormaps["viridis"](shares)[..., :3]
+
+
+def pale(picture: np.ndarray) -> np.ndarray:
+    """A picture `(S, S, 3)` of bytes in light grey: `(S, S, 3)` floats in which colours laid over it show."""
+    grey = picture.mean(-1, keepdims=True) / 255
+    return np.repeat(0.35 + 0.65 * grey, 3, axis=-1)
