@@ -171,7 +171,7 @@ def log_probabilities(
     answer_ids: torch.Tensor,
     visual_tokens: torch.Tensor,
 ) -> torch.Tensor:
-    """Log-probability `(T,)` of every token of an answer `(T,)` to a prompt `(1, P)` with visual tokens `(1, V, D)`."""
+    """Log-probability `(T,)` of each token of an answer `(T,)` to a prompt `(1, P)` with visual tokens `(1, V, D)`."""
     sequence = torch.cat([input_ids, answer_ids[None]], dim=1)
     outputs = model(
         input_ids=sequence,

@@ -1,4 +1,4 @@
-"""The sheet of `delta-llava explain`, after the paper's Figure 1: a picture, a heat map for each budget, the answers."""
+"""The sheet of `delta-llava explain`, after the paper's Figure 1: a picture, a heat map per budget, the answers."""
 
 import os
 import textwrap
@@ -28,8 +28,8 @@ def check_output(path: Path):
     """Refuses early what `draw` could only refuse after all work.
 
     Raises:
-        UserError: matplotlib is not installed, `path` is no .png in a folder that is there and can be written, or it is
-            a file that is no sheet.
+        UserError: matplotlib is not installed, `path` is no .png in a folder that can be written, or it is a file that
+            is no sheet.
     """
     figure.check(path)
     if not path.parent.is_dir():
@@ -59,13 +59,11 @@ def draw(explanations: Sequence["Explanation"], question: str, path: Path, token
 
     width = 2 * MARGIN + (1 + len(explanations)) * (PANEL + GAP) - GAP
     target = "the answer" if token is None else f"“{printable(token.strip())}”"
-    note = [
-        *wrapped(f"Above: Grad-CAM of {target}. Coloured patches speak for it, red ones most.", PANEL, FONT - 1),
-        "",
-        *wrapped(
-            "Right: the windows of patches that visual tokens read. Bright patches are read most.", PANEL, FONT - 1
-        ),
-    ]
+    notes = (
+        f"Above: Grad-CAM of {target}. Coloured patches speak for it, red ones most.",
+        "Right: the windows of patches that visual tokens read. Bright patches are read most.",
+    )
+    note = "\n\n".join("\n".join(wrapped(text, PANEL, FONT - 1)) for text in notes)
     said = [("bold", line) for line in wrapped(printable(question, None), width - 2 * MARGIN, FONT)]
     for each in explanations:
         answer = f"{each.num_visual_tokens}: {printable(each.answer, None) or '(no answer)'}"
@@ -90,7 +88,7 @@ def draw(explanations: Sequence["Explanation"], question: str, path: Path, token
 
     heading(0, "as the model sees it")
     panel(0, 0, explanations[0].picture)
-    write(MARGIN, MARGIN + HEADING + PANEL + 2 * GAP, "\n".join(note), fontsize=FONT - 1, color=FAINT, linespacing=1.4)
+    write(MARGIN, MARGIN + HEADING + PANEL + 2 * GAP, note, fontsize=FONT - 1, color=FAINT, linespacing=1.4)
     for column, each in enumerate(explanations, start=1):
         tokens = each.num_visual_tokens
         heading(column, f"{tokens} visual token{'s' * (tokens > 1)}")
