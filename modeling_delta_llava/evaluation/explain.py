@@ -117,7 +117,14 @@ def explain(
                     "name a word of it"
                 )
             score = log_probabilities(model, prompt.input_ids, answer_ids, visual_tokens)[chosen].sum()
-        heat = grad_cam(score, features).view(config.grid_size, config.grid_size)
+        # With one visual token for each patch the projector asks no queries: their stream has no part in the answer.
+        gradients = torch.autograd.grad(score, features, allow_unused=True, materialize_grads=True)
+        if chosen and not any(gradient.any() for gradient in gradients):
+            raise UserError(
+                f"no gradient of the answer at {budget} visual tokens, {printable(answer)!r}, reaches the patches: where "
+                "4-bit weights give none, explain on another device, or the model that is not quantised"
+            )
+        heat = grad_cam(features, gradients).view(config.grid_size, config.grid_size)
         attention = window_attention(model.model.multi_modal_projector, *features, scale)
         explanations.append(Explanation(budget, answer, heat.cpu().numpy(), attention.cpu().numpy(), picture))
     return explanations
@@ -184,16 +191,12 @@ def log_probabilities(
     return predicted.gather(1, answer_ids[:, None].to(predicted.device))[:, 0]
 
 
-def grad_cam(score: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
-    """Grad-CAM `(N,)` (Selvaraju et al., arXiv 1610.02391) of a score over features `(1, N, channels)`, 1 at its peak.
-
-    With one visual token for each patch the projector needs no queries: what has no part in the score has no heat.
-    """
-    heat = torch.zeros(features[0].shape[1], device=features[0].device)
-    for stream, gradient in zip(features, torch.autograd.grad(score, features, allow_unused=True), strict=True):
-        if gradient is not None:
-            weights = gradient.float().mean(dim=1, keepdim=True)  # [1, 1, channels]
-            heat = heat + (stream.detach().float() * weights).sum(-1)[0]
+def grad_cam(features: list[torch.Tensor], gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Grad-CAM `(N,)` (Selvaraju et al., arXiv 1610.02391) of features `(1, N, channels)`; the hottest patch has 1."""
+    heat = sum(
+        (stream.detach().float() * gradient.float().mean(dim=1, keepdim=True)).sum(-1)[0]
+        for stream, gradient in zip(features, gradients, strict=True)
+    )
     heat = heat.relu()
     return heat / heat.max() if heat.any() else heat
 
