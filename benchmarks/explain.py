@@ -3,18 +3,20 @@
 New pictures of the demo are drawn, and each is asked one question about one of its shapes (its colour, its shape or
 its position) at every budget. Columns, each a mean over pictures:
 
-accuracy     share of right answers
-asked        share of the heat inside the box around the shape in question, over that box's share of the picture
-others       the same for the boxes around the picture's other shapes
-no heat      pictures without any heat, which the two means leave out
-shuffled     `asked` and `others` of the same network with the values of each of its weights in a random order, another
-             order for each picture: the control, whose heat should know nothing of the question
+accuracy  share of right answers
+asked     share of the heat inside the box around the shape in question, over that box's share of the picture
+others    the same for the boxes around the picture's other shapes
+no heat   pictures without any heat, which the two ratios leave out
+
+Each is measured with Grad-CAM and with HiResCAM, and for a control with shuffled weights too: the same network with the
+values of each of its weights in a random order, another order for each picture, which knows nothing of the question.
 
 A ratio of 1 is what heat that lies anywhere gives. `make demo` makes the model.
 """
 
 import argparse
 import random
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from examples.demo.drawings import IMAGE_SIZE, Question, Scene, distinct_scenes,
 from modeling_delta_llava.asking import load
 from modeling_delta_llava.evaluation.explain import Explanation, explain
 
+METHODS = ("grad_cam", "hirescam")
 ABOUT_ONE_SHAPE = ("colour", "shape", "position")
 # Seed of the scenes; the demo draws its own with 0.
 SCENE_SEED = 15_000
@@ -44,11 +47,11 @@ def box(covered: np.ndarray) -> np.ndarray:
     return inside
 
 
-def concentration(heat: np.ndarray, inside: np.ndarray) -> float:
-    """Share of the heat `(H, W)` inside a region of pixels, over the region's share of the picture."""
+def share_inside(heat: np.ndarray, inside: np.ndarray) -> float:
+    """Share of the heat `(H, W)` that lies inside a region of pixels."""
     patch = IMAGE_SIZE // len(heat)
     per_pixel = np.kron(heat, np.ones((patch, patch)))
-    return float(per_pixel[inside].sum() / per_pixel.sum() / inside.mean())
+    return float(per_pixel[inside].sum() / per_pixel.sum())
 
 
 def examples(count: int, seed: int):
@@ -70,17 +73,29 @@ def shuffle(model: torch.nn.Module, generator: torch.Generator):
         weight.copy_(weight.flatten()[torch.randperm(weight.numel(), generator=generator)].view_as(weight))
 
 
+def mean(values: list[float]) -> float:
+    return round(float(np.mean(values)), 4)
+
+
+def standard_error(values: list[float]) -> float:
+    return round(float(np.std(values, ddof=1) / len(values) ** 0.5), 4)
+
+
 def summary(measured: list[tuple[Explanation, Question, np.ndarray, list[np.ndarray]]]) -> dict[str, float]:
-    """The columns of one network at one budget."""
+    """The columns of one network at one budget, and what they are made of."""
     warm = [row for row in measured if row[0].heat.any()]
-    asked = [concentration(explanation.heat, inside) for explanation, _, inside, _ in warm]
-    others = [concentration(explanation.heat, other) for explanation, _, _, boxes in warm for other in boxes]
+    shares = [share_inside(explanation.heat, inside) for explanation, _, inside, _ in warm]
+    areas = [float(inside.mean()) for _, _, inside, _ in warm]
+    asked = [share / area for share, area in zip(shares, areas, strict=True)]
+    others = [share_inside(one.heat, other) / float(other.mean()) for one, _, _, boxes in warm for other in boxes]
     return {
-        "accuracy": round(float(np.mean([row[0].answer == row[1].answer for row in measured])), 3),
-        "asked": round(float(np.mean(asked)), 3),
-        "asked_standard_error": round(float(np.std(asked, ddof=1) / len(asked) ** 0.5), 3),
-        "others": round(float(np.mean(others)), 3),
-        "others_standard_error": round(float(np.std(others, ddof=1) / len(others) ** 0.5), 3),
+        "accuracy": mean([row[0].answer == row[1].answer for row in measured]),
+        "share_of_heat": mean(shares),
+        "share_of_area": mean(areas),
+        "asked": mean(asked),
+        "asked_standard_error": standard_error(asked),
+        "others": mean(others),
+        "others_standard_error": standard_error(others),
         "no_heat": len(measured) - len(warm),
     }
 
@@ -101,24 +116,35 @@ def main():
     budgets = model.config.legal_num_visual_tokens
     trained = {name: weight.clone() for name, weight in model.state_dict().items()}
     generator = torch.Generator().manual_seed(arguments.seed)
-    measured = {(name, budget): [] for name in ("trained", "shuffled") for budget in budgets}
+    measured = defaultdict(list)
     for picture, question, inside, others in examples(arguments.pictures, arguments.seed):
-        for name in ("trained", "shuffled"):
-            if name == "shuffled":
+        for weights in ("trained", "shuffled"):
+            if weights == "shuffled":
                 shuffle(model, generator)
-            for explanation in explain(model, processor, picture, question.text, budgets, max_new_tokens=12):
-                measured[name, explanation.num_visual_tokens].append((explanation, question, inside, others))
+            for method in METHODS:
+                hirescam = method == "hirescam"
+                for one in explain(
+                    model, processor, picture, question.text, budgets, max_new_tokens=12, hirescam=hirescam
+                ):
+                    measured[method, one.num_visual_tokens, weights].append((one, question, inside, others))
         model.load_state_dict(trained)
     rows = [
-        {"num_visual_tokens": budget, **{name: summary(measured[name, budget]) for name in ("trained", "shuffled")}}
+        {
+            "method": method,
+            "num_visual_tokens": budget,
+            **{weights: summary(measured[method, budget, weights]) for weights in ("trained", "shuffled")},
+        }
+        for method in METHODS
         for budget in budgets
     ]
-    pictures = len(measured["trained", budgets[0]])
-    write_result(arguments, device, about, {"pictures": pictures, "rows": rows})
+    write_result(arguments, device, about, {"rows": rows})
     columns = ("accuracy", "asked", "others", "no_heat")
     print_table(
-        ["tokens", *columns, *(f"shuffled {name}" for name in columns)],
-        [[row["num_visual_tokens"], *(row[n][c] for n in ("trained", "shuffled") for c in columns)] for row in rows],
+        ["method", "tokens", *columns, *(f"shuffled {name}" for name in columns)],
+        [
+            [row["method"], row["num_visual_tokens"], *(row[w][c] for w in ("trained", "shuffled") for c in columns)]
+            for row in rows
+        ],
     )
 
 

@@ -492,6 +492,9 @@ def explain(
         str | None, typer.Option(help="Budgets (16 64 144); by default those three, where the patch grid allows them.")
     ] = None,
     token: Annotated[str | None, typer.Option(help="Explain this word of the answer alone.")] = None,
+    hirescam: Annotated[
+        bool, typer.Option("--hirescam", help="Draw HiResCAM, whose heat lies closer to its cause, not Grad-CAM.")
+    ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a MODEL on the Hub.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -501,7 +504,7 @@ def explain(
     from modeling_delta_llava.evaluation.explain import explain_to_file
 
     for explanation in explain_to_file(
-        model, image, question, output, num_visual_tokens, token, revision, max_new_tokens, device, dtype
+        model, image, question, output, num_visual_tokens, token, revision, max_new_tokens, device, dtype, hirescam
     ):
         typer.echo(f"{explanation.num_visual_tokens}: {explanation.answer}")
     typer.echo(f"wrote {output}")

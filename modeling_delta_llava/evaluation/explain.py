@@ -32,8 +32,8 @@ class Explanation:
     Attributes:
         num_visual_tokens: the budget, V.
         answer: what the model answered with it.
-        heat: `(H, W)` float32 in [0, 1]: Grad-CAM of the answer (or of one word of it), 1 at the hottest patch; all
-            zeros if no patch speaks for it.
+        heat: `(H, W)` float32 in [0, 1]: Grad-CAM or HiResCAM of the answer (or of one word of it), 1 at the hottest
+            patch; all zeros if no patch speaks for it.
         attention: `(V, H, W)` float32: the share with which a visual token reads each patch, mean over heads. Each of
             the V maps sums to 1 and is zero outside of the token's own window.
         picture: `(S, S, 3)` uint8: what the vision tower saw, padding and crop included. Patch `(i, j)` covers rows
@@ -55,13 +55,14 @@ def explain(
     num_visual_tokens: list[int] | None = None,
     token: str | None = None,
     max_new_tokens: int = 256,
+    hirescam: bool = False,
 ) -> list[Explanation]:
     """Answers a question about one picture at several budgets and tells where the model looked for each answer.
 
     At every budget the answer is generated greedily. Its score is the sum of the log-probabilities of its tokens. The
     features of Grad-CAM are all that the projector reads of the tower: the query stream and every level of the memory
     stream, side by side as channels. A channel's weight is the mean over the patches of the score's gradient, and the
-    heat of a patch the positive part of its weighted sum of channels.
+    heat of a patch the positive part of its weighted sum of channels. HiResCAM weights each patch with its own gradient.
 
     Args:
         model: in evaluation mode, of any dtype.
@@ -72,6 +73,7 @@ def explain(
             and the model's own if it allows none.
         token: a word of the answer; the score is then of its tokens alone, where it first stands.
         max_new_tokens: longest answer.
+        hirescam: HiResCAM (arXiv 2011.08891) in place of Grad-CAM (arXiv 1610.02391).
 
     Returns:
         One explanation for each budget, in their order.
@@ -121,10 +123,10 @@ def explain(
         gradients = torch.autograd.grad(score, features, allow_unused=True, materialize_grads=True)
         if chosen and not any(gradient.any() for gradient in gradients):
             raise UserError(
-                f"no gradient of the answer at {budget} visual tokens, {printable(answer)!r}, reaches the patches: where "
-                "4-bit weights give none, explain on another device, or the model that is not quantised"
+                f"no gradient of the answer at {budget} visual tokens, {printable(answer)!r}, reaches the patches: "
+                "where 4-bit weights give none, explain on another device, or the model that is not quantised"
             )
-        heat = grad_cam(features, gradients).view(config.grid_size, config.grid_size)
+        heat = class_activation(features, gradients, hirescam).view(config.grid_size, config.grid_size)
         attention = window_attention(model.model.multi_modal_projector, *features, scale)
         explanations.append(Explanation(budget, answer, heat.cpu().numpy(), attention.cpu().numpy(), picture))
     return explanations
@@ -191,12 +193,12 @@ def log_probabilities(
     return predicted.gather(1, answer_ids[:, None].to(predicted.device))[:, 0]
 
 
-def grad_cam(features: list[torch.Tensor], gradients: list[torch.Tensor]) -> torch.Tensor:
-    """Grad-CAM `(N,)` (Selvaraju et al., arXiv 1610.02391) of features `(1, N, channels)`; the hottest patch has 1."""
-    heat = sum(
-        (stream.detach().float() * gradient.float().mean(dim=1, keepdim=True)).sum(-1)[0]
-        for stream, gradient in zip(features, gradients, strict=True)
-    )
+def class_activation(features: list[torch.Tensor], gradients: list[torch.Tensor], hirescam: bool) -> torch.Tensor:
+    """Heat `(N,)` of features `(1, N, channels)`, 1 at the hottest patch: Grad-CAM, or HiResCAM, which pools nothing."""
+    heat = torch.zeros(features[0].shape[1], device=features[0].device)
+    for stream, gradient in zip(features, gradients, strict=True):
+        weights = gradient.float() if hirescam else gradient.float().mean(dim=1, keepdim=True)
+        heat = heat + (stream.detach().float() * weights).sum(-1)[0]
     heat = heat.relu()
     return heat / heat.max() if heat.any() else heat
 
@@ -236,6 +238,7 @@ def explain_to_file(
     max_new_tokens: int = 256,
     device: str = "auto",
     dtype: str = "auto",
+    hirescam: bool = False,
 ) -> list[Explanation]:
     """`delta-llava explain`: the explanations of a folder's or repository's model, drawn into a PNG file.
 
@@ -257,10 +260,10 @@ def explain_to_file(
     check_chat_template(processor, model, [{"role": "user", "content": content}])
     with told(f"{model} cannot be explained", "check it with `delta-llava verify`, or give one that is not quantised"):
         try:
-            explanations = explain(network, processor, picture, question, budgets, token, max_new_tokens)
+            explanations = explain(network, processor, picture, question, budgets, token, max_new_tokens, hirescam)
         except UserError:
             raise
         except ValueError as error:  # says what to mend in the question, the picture or the budgets
             raise UserError(reason(error)) from error
-    heat_maps.draw(explanations, question, output, token)
+    heat_maps.draw(explanations, question, output, token, "HiResCAM" if hirescam else "Grad-CAM")
     return explanations

@@ -21,6 +21,7 @@ SOFTWARE = "delta-llava explain"
 # Inches, and points of the font.
 PANEL, GAP, MARGIN, HEADING, LINE, FONT = 2.3, 0.12, 0.2, 0.28, 0.2, 10
 PIXELS_PER_INCH = 150
+SIDE = round(PANEL * PIXELS_PER_INCH)
 INK, FAINT = "#222222", "#6b6b6b"
 
 
@@ -40,7 +41,13 @@ def check_output(path: Path):
         raise UserError(f"{path} exists and is no sheet of `explain`: give another file")
 
 
-def draw(explanations: Sequence["Explanation"], question: str, path: Path, token: str | None = None):
+def draw(
+    explanations: Sequence["Explanation"],
+    question: str,
+    path: Path,
+    token: str | None = None,
+    method: str = "Grad-CAM",
+):
     """Writes the sheet as a PNG file, which appears when it is whole.
 
     The upper row shows the picture as the model sees it and the heat of every budget, the lower one how much visual
@@ -49,6 +56,7 @@ def draw(explanations: Sequence["Explanation"], question: str, path: Path, token
     Args:
         explanations: of one picture and question.
         token: the word that the heat is of, if not the whole answer.
+        method: what the heat is.
 
     Raises:
         UserError: as `check_output`.
@@ -60,13 +68,13 @@ def draw(explanations: Sequence["Explanation"], question: str, path: Path, token
     width = 2 * MARGIN + (1 + len(explanations)) * (PANEL + GAP) - GAP
     target = "the answer" if token is None else f"“{printable(token.strip())}”"
     notes = (
-        f"Above: Grad-CAM of {target}. Coloured patches speak for it, red ones most.",
+        f"Above: {method} of {target}. Coloured patches speak for it, red ones most.",
         "Right: the windows of patches that visual tokens read. Bright patches are read most.",
     )
     note = "\n\n".join("\n".join(wrapped(text, PANEL, FONT - 1)) for text in notes)
     said = [("bold", line) for line in wrapped(printable(question, None), width - 2 * MARGIN, FONT)]
     for each in explanations:
-        answer = f"{each.num_visual_tokens}: {printable(each.answer, None) or '(no answer)'}"
+        answer = f"{visual_tokens(each)}: {printable(each.answer, None) or '(no answer)'}"
         said += [("normal", line) for line in wrapped(answer, width - 2 * MARGIN, FONT)]
     height = 2 * MARGIN + HEADING + 2 * PANEL + 2 * GAP + len(said) * LINE
     sheet = Figure(figsize=(width, height), dpi=PIXELS_PER_INCH)
@@ -87,14 +95,13 @@ def draw(explanations: Sequence["Explanation"], question: str, path: Path, token
         write(MARGIN + column * (PANEL + GAP) + PANEL / 2, MARGIN, text, ha="center", color=INK)
 
     heading(0, "as the model sees it")
-    panel(0, 0, explanations[0].picture)
+    panel(0, 0, enlarged(explanations[0].picture))
     write(MARGIN, MARGIN + HEADING + PANEL + 2 * GAP, note, fontsize=FONT - 1, color=FAINT, linespacing=1.4)
     for column, each in enumerate(explanations, start=1):
-        tokens = each.num_visual_tokens
-        heading(column, f"{tokens} visual token{'s' * (tokens > 1)}")
+        heading(column, visual_tokens(each))
         panel(0, column, heated(each.picture, each.heat))
         reading = panel(1, column, read(each.picture, each.attention))
-        grid_size = round(tokens**0.5)
+        grid_size = round(each.num_visual_tokens**0.5)
         for edge in range(1, grid_size):
             style = {"color": "white", "linewidth": 1.2 if grid_size <= 8 else 0.5}
             reading.axhline(edge / grid_size, **style)
@@ -115,32 +122,37 @@ def wrapped(text: str, inches: float, points: float) -> list[str]:
     return textwrap.wrap(text, max(1, int(inches * 72 / (0.56 * points))))
 
 
-def enlarged(values: np.ndarray, side: int, resample: Image.Resampling) -> np.ndarray:
-    """A map `(H, W)` as `(side, side)`, within its own range."""
-    larger = Image.fromarray(values.astype(np.float32)).resize((side, side), resample)
-    return np.asarray(larger).clip(values.min(), values.max())
+def visual_tokens(explanation: "Explanation") -> str:
+    count = explanation.num_visual_tokens
+    return f"{count} visual token{'s' * (count > 1)}"
+
+
+def enlarged(pixels: np.ndarray, resample: Image.Resampling = Image.Resampling.LANCZOS) -> np.ndarray:
+    """A picture `(S, S, 3)` or a map `(H, W)` at the size of a panel."""
+    return np.asarray(Image.fromarray(pixels).resize((SIDE, SIDE), resample))
 
 
 def heated(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """A picture `(S, S, 3)` in pale grey under its heat `(H, W)`: `(S, S, 3)` floats."""
+    """A picture `(S, S, 3)` in pale grey under its heat `(H, W)`, at the size of a panel."""
     from matplotlib import colormaps
 
-    heat = enlarged(heat, len(picture), Image.Resampling.BICUBIC)
+    heat = enlarged(heat, Image.Resampling.BICUBIC).clip(0, 1)
     opacity = 0.75 * np.sqrt(heat)[..., None]
     return (1 - opacity) * pale(picture) + opacity * colormaps["turbo"](0.15 + 0.8 * heat)[..., :3]
 
 
 def read(picture: np.ndarray, attention: np.ndarray) -> np.ndarray:
-    """A picture `(S, S, 3)` under what visual tokens read of it, `(V, H, W)`: `(S, S, 3)` floats."""
+    """A picture `(S, S, 3)` under what visual tokens read of it, `(V, H, W)`, at the size of a panel."""
     from matplotlib import colormaps
 
     window = attention[0].size / len(attention)
-    even = attention.sum(0) * window  # 1 where a patch is read like the others of its window
-    shares = enlarged(even / even.max(), len(picture), Image.Resampling.NEAREST)
-    return 0.4 * pale(picture) + 0.6 * colormaps["viridis"](shares)[..., :3]
+    shares = attention.sum(0) * window  # 1 where a patch is read like the others of its window
+    brightness = np.sqrt(shares / max(2, shares.max()))  # where all are read alike nothing is bright
+    colours = colormaps["viridis"](enlarged(brightness, Image.Resampling.NEAREST))[..., :3]
+    return 0.4 * pale(picture) + 0.6 * colours
 
 
 def pale(picture: np.ndarray) -> np.ndarray:
-    """A picture `(S, S, 3)` of bytes in light grey: `(S, S, 3)` floats in which colours laid over it show."""
-    grey = picture.mean(-1, keepdims=True) / 255
+    """A picture `(S, S, 3)` in light grey, in which colours laid over it show, at the size of a panel."""
+    grey = enlarged(picture).mean(-1, keepdims=True) / 255
     return np.repeat(0.35 + 0.65 * grey, 3, axis=-1)
