@@ -8,8 +8,8 @@ asked     share of the heat inside the box around the shape in question, over th
 others    the same for the boxes around the picture's other shapes
 no heat   pictures without any heat, which the two ratios leave out
 
-Each is measured with Grad-CAM and with HiResCAM, and for a control with shuffled weights too: the same network with the
-values of each of its weights in a random order, another order for each picture, which knows nothing of the question.
+Each is measured with Grad-CAM and with HiResCAM, and for a control with shuffled weights too: the same network with
+the values of each of its weights in a random order, another order for each picture, which knows nothing.
 
 A ratio of 1 is what heat that lies anywhere gives. `make demo` makes the model.
 """

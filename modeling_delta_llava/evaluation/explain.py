@@ -62,7 +62,7 @@ def explain(
     At every budget the answer is generated greedily. Its score is the sum of the log-probabilities of its tokens. The
     features of Grad-CAM are all that the projector reads of the tower: the query stream and every level of the memory
     stream, side by side as channels. A channel's weight is the mean over the patches of the score's gradient, and the
-    heat of a patch the positive part of its weighted sum of channels. HiResCAM weights each patch with its own gradient.
+    heat of a patch the positive part of its weighted sum of channels. HiResCAM weights a patch with its own gradient.
 
     Args:
         model: in evaluation mode, of any dtype.
@@ -194,7 +194,7 @@ def log_probabilities(
 
 
 def class_activation(features: list[torch.Tensor], gradients: list[torch.Tensor], hirescam: bool) -> torch.Tensor:
-    """Heat `(N,)` of features `(1, N, channels)`, 1 at the hottest patch: Grad-CAM, or HiResCAM, which pools nothing."""
+    """Heat `(N,)` of features `(1, N, channels)`, 1 at the hottest patch: Grad-CAM, or HiResCAM, without pooling."""
     heat = torch.zeros(features[0].shape[1], device=features[0].device)
     for stream, gradient in zip(features, gradients, strict=True):
         weights = gradient.float() if hirescam else gradient.float().mean(dim=1, keepdim=True)
