@@ -3,13 +3,16 @@
 New pictures of the demo are drawn, and each is asked one question about one of its shapes (its colour, its shape or
 its position) at every budget. Columns, each a mean over pictures:
 
-accuracy  share of right answers
-asked     share of the heat inside the box around the shape in question, over that box's share of the picture
-others    the same for the boxes around the picture's other shapes
-no heat   pictures without any heat, which the two ratios leave out
+accuracy    share of right answers
+asked       share of the heat inside the box around the shape in question, over that box's share of the picture
+others      the same for the boxes around the picture's other shapes
+preference  of the heat inside the boxes of all shapes, the share inside the one in question, over its share of their
+            area; in pictures of several shapes
+no heat     pictures without any heat, which the ratios leave out
 
 Each is measured with Grad-CAM and with HiResCAM, and for a control with shuffled weights too: the same network with
-the values of each of its weights in a random order, another order for each picture, which knows nothing.
+the values of each of its weights in a random order, another order for each picture. Such a network reacts to shapes,
+which are all there is on the plain ground, but cannot know which one is asked about.
 
 A ratio of 1 is what heat that lies anywhere gives. `make demo` makes the model.
 """
@@ -47,11 +50,11 @@ def box(covered: np.ndarray) -> np.ndarray:
     return inside
 
 
-def share_inside(heat: np.ndarray, inside: np.ndarray) -> float:
-    """Share of the heat `(H, W)` that lies inside a region of pixels."""
+def share_inside(heat: np.ndarray, inside: np.ndarray, of: np.ndarray | None = None) -> float:
+    """Share of the heat `(H, W)`, or of that in the region of pixels `of`, that lies inside a region of pixels."""
     patch = IMAGE_SIZE // len(heat)
     per_pixel = np.kron(heat, np.ones((patch, patch)))
-    return float(per_pixel[inside].sum() / per_pixel.sum())
+    return float(per_pixel[inside].sum() / (per_pixel if of is None else per_pixel[of]).sum())
 
 
 def examples(count: int, seed: int):
@@ -88,6 +91,11 @@ def summary(measured: list[tuple[Explanation, Question, np.ndarray, list[np.ndar
     areas = [float(inside.mean()) for _, _, inside, _ in warm]
     asked = [share / area for share, area in zip(shares, areas, strict=True)]
     others = [share_inside(one.heat, other) / float(other.mean()) for one, _, _, boxes in warm for other in boxes]
+    several = [(one.heat, inside, np.any([inside, *boxes], axis=0)) for one, _, inside, boxes in warm if boxes]
+    several = [row for row in several if share_inside(row[0], row[2]) > 0]
+    shares_of_shapes = [share_inside(*row) for row in several]
+    areas_of_shapes = [float(inside.sum() / shapes.sum()) for _, inside, shapes in several]
+    preference = [share / area for share, area in zip(shares_of_shapes, areas_of_shapes, strict=True)]
     return {
         "accuracy": mean([row[0].answer == row[1].answer for row in measured]),
         "share_of_heat": mean(shares),
@@ -96,6 +104,11 @@ def summary(measured: list[tuple[Explanation, Question, np.ndarray, list[np.ndar
         "asked_standard_error": standard_error(asked),
         "others": mean(others),
         "others_standard_error": standard_error(others),
+        "share_of_the_shapes_heat": mean(shares_of_shapes),
+        "share_of_the_shapes_area": mean(areas_of_shapes),
+        "preference": mean(preference),
+        "preference_standard_error": standard_error(preference),
+        "pictures_of_several_shapes": len(several),
         "no_heat": len(measured) - len(warm),
     }
 
@@ -111,6 +124,7 @@ def main():
     arguments = arguments_parser.parse_args()
     arguments.name = "explain"
     device = torch.device("cpu")
+    torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
     about = machine(device)
     model, processor = load(arguments.model, device="cpu", dtype="float32")
     budgets = model.config.legal_num_visual_tokens
@@ -124,7 +138,7 @@ def main():
             for method in METHODS:
                 hirescam = method == "hirescam"
                 for one in explain(
-                    model, processor, picture, question.text, budgets, max_new_tokens=12, hirescam=hirescam
+                    model, processor, picture, question.text, budgets, max_new_tokens=6, hirescam=hirescam
                 ):
                     measured[method, one.num_visual_tokens, weights].append((one, question, inside, others))
         model.load_state_dict(trained)
@@ -138,7 +152,7 @@ def main():
         for budget in budgets
     ]
     write_result(arguments, device, about, {"rows": rows})
-    columns = ("accuracy", "asked", "others", "no_heat")
+    columns = ("accuracy", "asked", "others", "preference", "no_heat")
     print_table(
         ["method", "tokens", *columns, *(f"shuffled {name}" for name in columns)],
         [
