@@ -72,7 +72,7 @@ def draw(
         "Right: the windows of patches that visual tokens read. Bright patches are read most.",
     )
     note = "\n\n".join("\n".join(wrapped(text, PANEL, FONT - 1)) for text in notes)
-    said = [("bold", line) for line in wrapped(printable(question, None), width - 2 * MARGIN, FONT)]
+    said = [("bold", line) for line in wrapped(printable(question, None), width - 2 * MARGIN, FONT, "bold")]
     for each in explanations:
         answer = f"{visual_tokens(each)}: {printable(each.answer, None) or '(no answer)'}"
         said += [("normal", line) for line in wrapped(answer, width - 2 * MARGIN, FONT)]
@@ -117,9 +117,19 @@ def draw(
         unfinished.unlink(missing_ok=True)
 
 
-def wrapped(text: str, inches: float, points: float) -> list[str]:
-    """Lines of a text that fit a width; letters are half as wide as high, or a little more."""
-    return textwrap.wrap(text, max(1, int(inches * 72 / (0.56 * points))))
+def wrapped(text: str, inches: float, points: float, weight: str = "normal") -> list[str]:
+    """Lines of a text that are no wider than that, in letters of a size in points."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    font = FontProperties(size=points, weight=weight)
+    most = int(inches * 72 / (0.4 * points))  # letters of a line, if all are narrow
+    for letters in range(most, 1, -1):
+        lines = textwrap.wrap(text, letters)
+        widths = [text_to_path.get_text_width_height_descent(line, font, ismath=False)[0] for line in lines]
+        if max(widths, default=0) <= inches * 72:
+            break
+    return lines
 
 
 def visual_tokens(explanation: "Explanation") -> str:
