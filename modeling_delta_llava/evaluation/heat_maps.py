@@ -123,13 +123,14 @@ def wrapped(text: str, inches: float, points: float, weight: str = "normal") -> 
     from matplotlib.textpath import text_to_path
 
     font = FontProperties(size=points, weight=weight)
-    most = int(inches * 72 / (0.4 * points))  # letters of a line, if all are narrow
-    for letters in range(most, 1, -1):
+    most = inches * 72
+    letters = int(most / (0.4 * points))  # of a line of narrow ones
+    while True:
         lines = textwrap.wrap(text, letters)
-        widths = [text_to_path.get_text_width_height_descent(line, font, ismath=False)[0] for line in lines]
-        if max(widths, default=0) <= inches * 72:
-            break
-    return lines
+        widest = max((text_to_path.get_text_width_height_descent(line, font, False)[0] for line in lines), default=0)
+        if widest <= most or letters == 1:
+            return lines
+        letters = max(1, min(letters - 1, int(letters * most / widest)))
 
 
 def visual_tokens(explanation: "Explanation") -> str:
