@@ -79,7 +79,8 @@ def explain(
         One explanation for each budget, in their order.
 
     Raises:
-        UserError: the model is no Delta-LLaVA, a budget is impossible, or `token` is not in an answer.
+        UserError: the model is no Delta-LLaVA, a budget is impossible, `token` is not in an answer, or the gradient is
+            zero or not finite.
         ValueError: the processor or the model refuses picture or prompt.
     """
     config = model.config
@@ -127,6 +128,11 @@ def explain(
                 "where 4-bit weights give none, explain on another device, or the model that is not quantised"
             )
         heat = class_activation(features, gradients, hirescam).view(config.grid_size, config.grid_size)
+        if not heat.isfinite().all():
+            raise UserError(
+                f"the gradient of the answer at {budget} visual tokens, {printable(answer)!r}, is not finite: "
+                "compute in bfloat16 or float32, or check the weights with `delta-llava verify`"
+            )
         attention = window_attention(model.model.multi_modal_projector, *features, scale)
         explanations.append(Explanation(budget, answer, heat.cpu().numpy(), attention.cpu().numpy(), picture))
     return explanations

@@ -37,7 +37,8 @@ def check_output(path: Path):
         raise UserError(f"{path.parent} is no folder: make it, or write {path.name} elsewhere")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(f"no permission to write in {path.parent}: give another file")
-    if os.path.lexists(path) and not (path.is_file() and SOFTWARE.encode() in path.read_bytes()):
+    is_sheet = path.is_file() and SOFTWARE.encode() in path.read_bytes()
+    if os.path.lexists(path) and not is_sheet:
         raise UserError(f"{path} exists and is no sheet of `explain`: give another file")
 
 
