@@ -260,8 +260,6 @@ def explain_to_file(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     network, processor = load(model, revision, device, dtype)
-    if network.config.model_type != DeltaLlavaConfig.model_type:
-        raise UserError(f"{model} is of type {network.config.model_type}: only a Delta-LLaVA can be explained")
     content = [{"type": "image", "image": ""}, {"type": "text", "text": question}]
     check_chat_template(processor, model, [{"role": "user", "content": content}])
     with told(f"{model} cannot be explained", "check it with `delta-llava verify`, or give one that is not quantised"):
