@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from .errors import UserError, printable
 from .redaction import scrub
@@ -45,6 +45,19 @@ class _Sections(TyperGroup):
             members = [command for command in commands if command.rich_help_panel == section]
             with formatter.section(section):
                 formatter.write_dl([(command.name, command.get_short_help_str(limit=400)) for command in members])
+
+
+class _Budgets(TyperCommand):
+    """A command that takes budgets with spaces between them too: `--num-visual-tokens 16 64 144`."""
+
+    def parse_args(self, ctx, args):
+        joined = []
+        for argument in args:
+            if argument.isdecimal() and joined[-2:-1] == ["--num-visual-tokens"]:
+                joined[-1] += f",{argument}"
+            else:
+                joined.append(argument)
+        return super().parse_args(ctx, joined)
 
 
 app = typer.Typer(
@@ -465,10 +478,9 @@ def profile(
     efficiency.print_table(document)
 
 
-@app.command(rich_help_panel=MEASURE)
+@app.command(rich_help_panel=MEASURE, cls=_Budgets)
 def evaluate(
     model: Annotated[str, typer.Argument(help="Hub folder or id.")],
-    further: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="BUDGET")] = None,
     tasks: Annotated[
         str, typer.Option(help="Tasks of lmms-eval, comma-separated; `paper` stands for the ten of the paper.")
     ] = "paper",
@@ -499,9 +511,7 @@ def evaluate(
     from modeling_delta_llava.hub_cards import report as reports
     from modeling_delta_llava.hub_cards.variants import paper_tasks
 
-    budgets = parse_budgets(",".join([num_visual_tokens, *(further or ())]) if num_visual_tokens else None)
-    if further and not num_visual_tokens:
-        raise UserError(f"{printable(' '.join(further))} is no option: give one MODEL")
+    budgets = parse_budgets(num_visual_tokens)
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     names = [task for name in names for task in (paper_tasks() if name == "paper" else [name])]
     output = output or Path(f"{Path(model).resolve().name}-evaluation")
@@ -540,6 +550,34 @@ def evaluate(
             )
             reports.write_page(building, files, measured, compared, efficiency.cost_rows(document))
         typer.echo(f"wrote {report}")
+
+
+@app.command(rich_help_panel=MEASURE, cls=_Budgets)
+def explain(
+    model: Annotated[str, typer.Argument(help="Hub folder or id.")],
+    image: Annotated[str, typer.Argument(help="Picture (path or http address).")],
+    question: Annotated[str, typer.Argument(help="Question in quotes.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG file to draw the sheet into.")],
+    num_visual_tokens: Annotated[
+        str | None, typer.Option(help="Budgets (16 64 144); by default those three, where the patch grid allows them.")
+    ] = None,
+    token: Annotated[str | None, typer.Option(help="Explain this word of the answer alone.")] = None,
+    hirescam: Annotated[
+        bool, typer.Option("--hirescam", help="Draw HiResCAM, whose heat lies closer to its cause, not Grad-CAM.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a MODEL on the Hub.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (as saved), bfloat16, float16 or float32.")] = "auto",
+) -> None:
+    """Draw where a model looks when it answers: heat maps at several budgets, and what each visual token reads."""
+    from modeling_delta_llava.evaluation.explain import explain_to_file
+
+    for explanation in explain_to_file(
+        model, image, question, output, num_visual_tokens, token, revision, max_new_tokens, device, dtype, hirescam
+    ):
+        typer.echo(f"{explanation.num_visual_tokens}: {explanation.answer}")
+    typer.echo(f"wrote {output}")
 
 
 def _one_line(error: BaseException) -> str:

@@ -54,6 +54,18 @@ def download(address: str) -> bytes:
     return content
 
 
+def check_question(question: str) -> None:
+    """Raises `UserError` for a question that is empty, no text, or a picture in the question's place."""
+    if not question.strip():
+        raise UserError("the question is empty")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("the question is not UTF-8 text: set the terminal to UTF-8 and type it again") from error
+    if len(question.split()) == 1 and (question.startswith(("http://", "https://")) or os.path.isfile(question)):
+        raise UserError(f"the question is missing: put it last, in quotes, behind {question}")
+
+
 def open_image(source: str):
     """A picture from a file or an http(s) address, in the processor's view of it.
 
@@ -163,14 +175,7 @@ def ask(
 
     from .building import check_chat_template
 
-    if not question.strip():
-        raise UserError("the question is empty")
-    try:
-        question.encode()
-    except UnicodeEncodeError as error:
-        raise UserError("the question is not UTF-8 text: set the terminal to UTF-8 and type it again") from error
-    if len(question.split()) == 1 and (question.startswith(("http://", "https://")) or os.path.isfile(question)):
-        raise UserError(f"the question is missing: put it last, in quotes, behind {question}")
+    check_question(question)
     budgets = parse_budgets(num_visual_tokens)
     pictures = [open_image(image) for image in images]
     logging.set_verbosity_error()

@@ -64,6 +64,7 @@ LAYOUT = TrainingLayout(text_intermediate_size=128, image_size=48, patch_size=2)
 # What makes a command small enough for a test.
 ADDED = {
     "ask": ["--max-new-tokens", "2"],
+    "explain": ["--max-new-tokens", "2"],
     "finetune": [
         *("--use_cpu", "true", "--max_steps", "1", "--per_device_train_batch_size", "1"),
         *("--gradient_accumulation_steps", "1", "--dataloader_num_workers", "0", "--dataloader_pin_memory", "false"),
@@ -88,6 +89,7 @@ NOT_RUN = {
     "delta-llava convert mzamini/DeltaLLaVA-36B-144": "150 GB of disk",
     "delta-llava verify delta-llava-36b": "150 GB of disk",
     "delta-llava ask delta-llava-36b": "80 GB of memory",
+    "delta-llava explain demo-output/model": "asks the trained model; tests/evaluation tries the rest",
     "delta-llava profile delta-llava-vicuna-7b-144 --random-weights --device cuda": "needs a CUDA device",
 }
 # Pieces of Python that need what is no dependency, by what they hold.
