@@ -10,6 +10,7 @@ PROGRAM = textwrap.dedent(
     from delta_llava.cli import app, main
 
     names = [command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands]
+    names.remove("finetune")  # its help lists transformers' own settings
     for arguments in ([], ["--help"], ["-h"], ["--version"], *([name, "--help"] for name in names)):
         assert main(arguments) == 0, arguments
     heavy = {"torch", "transformers", "huggingface_hub", "numpy", "PIL", "datasets", "modeling_delta_llava"}

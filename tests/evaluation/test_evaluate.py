@@ -246,7 +246,7 @@ def test_with_a_filelock_that_lmms_eval_cannot_use(folder, tmp_path, monkeypatch
     [
         (["--variant", VARIANT], "is not delta-llava-vicuna-7b-36: text_config.hidden_size is 32"),
         (["--variant", "vicuna-7b-36"], f"did you mean {VARIANT}"),
-        (["--num-visual-tokens", "36", "x"], "'36,x' is not a number"),
+        (["--num-visual-tokens", "36,x"], "'36,x' is not a number"),
         (["36"], "unexpected extra argument"),
         (["--report", "."], "holds no report"),
     ],
