@@ -119,7 +119,6 @@ def our_flags(arguments: argparse.Namespace, name: str) -> dict[str, object]:
     return flags(arguments, name) | {
         "model": "model",
         "num_visual_tokens": NUM_VISUAL_TOKENS,
-        "group_by_modality_length": False,
         "train_sampling_strategy": "sequential",
         "tf32": False,
         "trial_save": False,

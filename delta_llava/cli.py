@@ -515,7 +515,7 @@ def evaluate(
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     names = [task for name in names for task in (paper_tasks() if name == "paper" else [name])]
     output = output or Path(f"{Path(model).resolve().name}-evaluation")
-    compared = reports.prepare(model, revision, variant, report)
+    compared = reports.prepare(model, revision, variant, report, output)
     files = evaluate_model(
         model,
         list(dict.fromkeys(names)),
@@ -532,6 +532,9 @@ def evaluate(
     if not files:
         return
     measured = reports.read_results(files, compared)
+    if not measured:
+        typer.echo(f"wrote {files[0].parent}; no task gives a score here, what their test servers take is in {output}")
+        return
     _print_table(*reports.table(measured))
     reports.write_figure(measured, files[0].parent)
     typer.echo(f"wrote {files[0].parent}")

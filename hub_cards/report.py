@@ -24,19 +24,26 @@ from modeling_delta_llava.hub_cards.variants import (
 )
 
 PAGE, SCORES, COST = "README.md", "scores.png", "cost.png"
+HEADING = "scores and cost by visual tokens per picture"
 
 
-def prepare(model: str, revision: str | None, variant: str | None, folder: Path | None) -> Variant | None:
+def prepare(
+    model: str, revision: str | None, variant: str | None, folder: Path | None, output: Path
+) -> Variant | None:
     """What a model's scores are set beside: the given variant, or the one that the card of its folder names.
 
     Args:
         folder: where a page is to be written, which may hold an earlier one.
+        output: the folder of answers and results.
 
     Raises:
         UserError: no such model or variant, or the model is not that one; no place for a page; no matplotlib.
     """
     if folder is not None:
-        check_output_folder(folder, f"REPORT {folder}", "holds no report", (folder / COST).is_file(), replaces=True)
+        page, evaluation = folder.resolve(), output.resolve()
+        if page == evaluation or page in evaluation.parents or evaluation in page.parents:
+            raise UserError(f"REPORT {folder} would take the place of what is in OUTPUT {output}; give another folder")
+        check_output_folder(folder, f"REPORT {folder}", "holds no report", holds_page(folder), replaces=True)
     figure_class()
     place = model_folder(model, revision, weights=False)
     if variant is None:
@@ -53,6 +60,12 @@ def prepare(model: str, revision: str | None, variant: str | None, folder: Path 
             f"{model} is not {variant}: {'; '.join(differences)}: leave out --variant, or name another one"
         )
     return listed
+
+
+def holds_page(folder: Path) -> bool:
+    """Whether a folder holds an earlier page, and nothing else."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return names == {PAGE, SCORES, COST} and HEADING in (folder / PAGE).read_text(encoding="utf-8", errors="replace")
 
 
 def read_results(files: Sequence[Path], variant: Variant | None) -> list[Measurement]:
@@ -100,7 +113,7 @@ def write_page(
     about = first["config"]
     packages = about["versions_of_packages"]
     day = "-".join((first["date"][:4], first["date"][4:6], first["date"][6:8]))
-    parts = [f"# {cost['name']}: scores and cost by visual tokens per picture"]
+    parts = [f"# {cost['name']}: {HEADING}"]
     parts.append(
         f"Scored on {day} (UTC) with lmms-eval {packages['lmms_eval']}, transformers {packages['transformers']}, "
         f"torch {packages['torch']} and delta-llava {packages['delta_llava']}, in {about['dtype']}; revision "

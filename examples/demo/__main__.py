@@ -50,7 +50,7 @@ class Effort:
     tower_steps: int = 200
     language_steps: int = 200
     stage1_steps: int = 150
-    stage2_steps: int = 320
+    stage2_steps: int = 400
 
     def scaled(self, factor: float) -> "Effort":
         return Effort(**{name: max(4, round(value * factor)) for name, value in asdict(self).items()})

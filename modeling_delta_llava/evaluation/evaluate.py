@@ -166,7 +166,10 @@ def evaluate(
     answers.revision_of(place)
     output = Path(output)
     kept = output / answers.FOLDER
-    check_output_folder(output, f"OUTPUT {output}", "holds no evaluation", is_ours=kept.is_dir())
+    # Killed before its first answer, a run leaves the unfinished results alone.
+    left = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    is_ours = kept.is_dir() or left == {f".{RESULTS}.unfinished"}
+    check_output_folder(output, f"OUTPUT {output}", "holds no evaluation", is_ours)
     manager = known_tasks(tasks, include_path)
     say(f"reading the rows of {', '.join(tasks)}")
     loaded = load_tasks(manager, tasks)

@@ -172,7 +172,7 @@ def answer_positions(tokenizer, answer_ids: torch.Tensor, word: str | None) -> l
     ]
     text = beginnings[-1]
     # Only Latin words have their ends looked at: not every script puts spaces between words.
-    found = re.search(rf"(?<![a-z0-9]){re.escape(word.strip())}(?![a-z0-9])", text, re.IGNORECASE)
+    found = re.search(rf"(?<![a-zà-ÿ0-9]){re.escape(word.strip())}(?![a-zà-ÿ0-9])", text, re.IGNORECASE)
     if found is None or not found[0]:
         return None
     first = max(length for length, beginning in enumerate(beginnings) if len(beginning) <= found.start())

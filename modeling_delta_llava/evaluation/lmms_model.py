@@ -8,12 +8,15 @@ and so are those of a picture that neighbouring questions share.
 import hashlib
 import json
 import os
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
@@ -37,6 +40,7 @@ MAX_NEW_TOKENS = 1024
 # Pictures whose tower features are kept: 380 MB for the paper's tower in 16 bit.
 KEPT_PICTURES = 64
 SAMPLING = ("temperature", "top_p", "top_k")
+VERSIONS = {name: version(name) for name in ("torch", "transformers", "delta_llava")}
 
 
 class DeltaLlavaForEvaluation(lmms):
@@ -93,6 +97,7 @@ class DeltaLlavaForEvaluation(lmms):
             self.model.model.check_budgets(budget, 1)  # warns of those it was not trained at
         self.device, self.dtype = self.model.device, self.model.dtype
         self.answers = Answers(None if answers is None else Path(answers), self.rank)
+        self._run = uuid.uuid4().hex
         self._features: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
@@ -131,8 +136,21 @@ class DeltaLlavaForEvaluation(lmms):
         # another name in every run where a task works on its rows, as GQA does.
         places = sorted({str(Path(file["filename"]).parent) for file in rows.cache_files})
         sizes = {name: part.num_bytes for name, part in (rows.info.splits or {}).items()}
-        data = {"task": task, "split": split, "places": places, "sizes": sizes}
-        return {"model": self.revision, "dtype": str(self.dtype), **data}
+        data = {"task": task, "split": split, "places": places, "sizes": sizes, "written": self._written(rows)}
+        return {"model": self.revision, "dtype": str(self.dtype), "versions": VERSIONS, **data}
+
+    def _written(self, rows: Any) -> list:
+        """What tells rows outside the cache of `datasets` from others at the same place: when their files were
+        written, or, where they lie in memory alone, the run itself."""
+        files = [Path(file["filename"]) for file in rows.cache_files]
+        if not files:
+            return [self._run]
+        cache = Path(datasets.config.HF_DATASETS_CACHE).resolve()
+        own = [file for file in files if cache not in file.resolve().parents]
+        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in own]
+
+    def clean(self) -> None:
+        """Nothing: lmms-eval would drop the model behind the first budget, and one model serves them all."""
 
     def _batches(self, missing: list) -> Iterator[list]:
         """Consecutive requests of one task with the same settings, `batch_size` at a time."""
@@ -196,7 +214,9 @@ class DeltaLlavaForEvaluation(lmms):
             query, memory, _ = self.model.model.get_patch_features(pixel_values[list(new.values())].to(self.device))
             self._features |= {name: (query[row], memory[row]) for row, name in enumerate(new)}
         query, memory = zip(*(self._features[name] for name in names), strict=True)
-        for name in list(self._features)[:-KEPT_PICTURES]:
+        for name in names:  # the last ones used are the last ones dropped
+            self._features[name] = self._features.pop(name)
+        for name in list(self._features)[: -max(KEPT_PICTURES, len(set(names)))]:
             del self._features[name]
         return torch.stack(query), torch.stack(memory)
 

@@ -165,6 +165,20 @@ def test_page_has_the_papers_tables(results, tmp_path):
     assert "Table" not in (place / "README.md").read_text(encoding="utf-8")
 
 
+def test_only_a_page_of_ours_is_replaced(tmp_path):
+    page = tmp_path / "page"
+    assert not report.holds_page(page)
+    page.mkdir()
+    for name in (report.SCORES, report.COST):
+        (page / name).touch()
+    (page / report.PAGE).write_text("# Mine\n")
+    assert not report.holds_page(page)
+    (page / report.PAGE).write_text(f"# model: {report.HEADING}\n")
+    assert report.holds_page(page)
+    (page / "answers").mkdir()
+    assert not report.holds_page(page)
+
+
 def tiny_picture(folder):
     tiny.picture().save(folder / "picture.png")
     return folder / "picture.png"
@@ -203,7 +217,7 @@ def test_card_of_a_variant_sets_scores_beside_the_papers(results, tmp_path):
     assert "| mine | accuracy | 0.5 | 144 | – |" in text
     with Image.open(folder / "measured.png") as picture:
         assert picture.format == "PNG"
-    assert report.prepare(str(folder), None, None, None) == variant
+    assert report.prepare(str(folder), None, None, None, tmp_path / "out") == variant
 
 
 def test_paper_names_ten_tasks():
@@ -248,7 +262,11 @@ def test_with_a_filelock_that_lmms_eval_cannot_use(folder, tmp_path, monkeypatch
         (["--variant", "vicuna-7b-36"], f"did you mean {VARIANT}"),
         (["--num-visual-tokens", "36,x"], "'36,x' is not a number"),
         (["36"], "unexpected extra argument"),
-        (["--report", "."], "holds no report"),
+        (["--report", "."], "REPORT . would take the place of what is in OUTPUT"),
+        (["--report", "model-evaluation"], "would take the place"),
+        (["--output", "x", "--report", "x/page"], "would take the place"),
+        (["--output", "x", "--report", "."], "would take the place"),
+        (["--output", "x", "--report", ".."], "REPORT .. "),
     ],
 )
 def test_one_line(given, said, folder, tmp_path, monkeypatch, capsys):

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 
@@ -33,6 +34,7 @@ from delta_llava.errors import UserError  # noqa: E402
 from examples.demo import drawings  # noqa: E402
 from modeling_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor  # noqa: E402
 from modeling_delta_llava.evaluation import lmms_model  # noqa: E402
+from modeling_delta_llava.evaluation.lmms_model import DeltaLlavaForEvaluation  # noqa: E402
 from modeling_delta_llava.hub_cards.variants import paper_tasks  # noqa: E402
 from modeling_delta_llava.modeling_delta_llava import DeltaLlavaModel  # noqa: E402
 from tests import tiny  # noqa: E402
@@ -238,6 +240,32 @@ def test_a_killed_run_goes_on(folder, tasks, expected, tmp_path):
     lines = [line for line in answers.read_text(encoding="utf-8").splitlines() if line]
     assert len(lines) == 1 + 22  # the one that was cut, and every answer once
     assert not list(output.glob(".*"))
+
+
+def test_a_run_killed_before_its_first_answer_goes_on(folder, tasks, expected, tmp_path):
+    output = tmp_path / "out"
+    (output / ".results.unfinished" / "new").mkdir(parents=True)
+    assert evaluate(folder, tasks, output) == 0
+    assert scores(output) == expected
+    assert not (output / ".results.unfinished").exists()
+
+
+def test_rows_at_one_place_are_told_apart(folder, tmp_path):
+    """A set that was repaired in place is asked again, and one in memory by every run."""
+    places = [tmp_path / "rows", tmp_path / "rows"]
+    asked = [DeltaLlavaForEvaluation(str(folder)) for _ in range(2)]
+    for model, place, answer in zip(asked, places, ("a", "b"), strict=True):
+        shutil.rmtree(place, ignore_errors=True)
+        datasets.Dataset.from_list([{"question": answer}]).save_to_disk(place)
+        model.task_dict = {
+            "saved": {"test": datasets.load_from_disk(str(place))},
+            "memory": {"test": datasets.Dataset.from_list([{"question": "a"}])},
+        }
+        assert model._data_of("saved", "test") == model._data_of("saved", "test")
+        assert model._data_of("memory", "test") == model._data_of("memory", "test")
+    for task in ("saved", "memory"):
+        first, second = (model._data_of(task, "test") for model in asked)
+        assert first != second
 
 
 def test_two_processes(folder, tasks, expected, tmp_path):
