@@ -90,8 +90,10 @@ def readable(rows: Any, data_path: str) -> Any:
     taken = {JSON_COLUMN, LINE_COLUMN, ROW_COLUMN, LENGTH_COLUMN} & set(rows.column_names or ())
     if taken:
         raise UserError(f"{data_path}: its column {min(taken)} has a name that training uses; rename it")
-    rows = rows.with_format(None)
-    return rows.cast(undecoded(rows.features)) if rows.features else rows
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.cast(undecoded(rows.features)) if rows.features else rows
+    # Of the same bytes on disk: `Dataset.cast` would write all of them once more.
+    return datasets.Dataset(rows.data.cast(undecoded(rows.features).arrow_schema))
 
 
 def numbered(row: dict[str, Any], number: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a training run computes: equal to a plain loop, to other splits of the batch, and to itself when resumed."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -12,7 +13,7 @@ import torch
 
 from delta_llava.errors import UserError
 from modeling_delta_llava.finetuning.checkpoints import UNFINISHED_FOLDER, last_finished_checkpoint
-from modeling_delta_llava.finetuning.metrics import exact_match, load_metric
+from modeling_delta_llava.finetuning.metrics import exact_match, load_metric, scores
 from modeling_delta_llava.finetuning.parts import PROJECTOR, VISION_TOWER, count_parts, part_of
 from modeling_delta_llava.finetuning.run import prepare, run
 from modeling_delta_llava.finetuning.trainer import GroupedSampler
@@ -483,7 +484,7 @@ def test_answers_that_were_cut_are_asked_and_not_scored(arguments, data_folder, 
     whole, _ = trainer.expanded(trainer.eval_collator([trainer.eval_dataset[3]]), 4)
     length = int(whole["attention_mask"].sum())
     first = (whole["labels"][0] != -100).nonzero()[0].item()
-    for max_length in range(first + 2, length, 2):
+    for max_length in (first + 2, (first + length) // 2, length - 1):
         output_dir = str(tmp_path / str(max_length))
         _, figures = evaluated(arguments, data_folder, **common, max_length=max_length, output_dir=output_dir)
         assert figures["eval_cut_answers"] >= 1
@@ -503,19 +504,20 @@ def test_rows_that_the_first_check_left_out_are_counted(arguments, data_folder, 
 
 
 BAD_METRICS = {
-    "the trainer's own name": ("return {'loss': 0.0}", "gives loss, which the trainer measures itself"),
-    "no number": ("return 'good'", "failed on 16 answers .*good"),
-    "nothing": ("return None", "failed on 16 answers"),
-    "an error": ("1 / 0", "failed on 16 answers .*ZeroDivisionError"),
+    "the trainer's own name": ({"loss": 0.0}, "gives loss, which the trainer measures itself"),
+    "no number": ("good", "failed on 2 answers .*good"),
+    "nothing": (None, "failed on 2 answers"),
+    "something nested": ({"f1": {"a": 1}}, "failed on 2 answers"),
 }
 
 
-@pytest.mark.parametrize(("body", "words"), BAD_METRICS.values(), ids=BAD_METRICS.keys())
-def test_a_metric_that_measures_nothing_is_one_line(arguments, data_folder, tmp_path, body, words):
-    (tmp_path / "mine.py").write_text(f"def mine(predictions, references):\n    {body}\n")
-    metric = {"predict_with_generate": True, "generation_max_new_tokens": 1, "metric": f"{tmp_path}/mine.py:mine"}
+@pytest.mark.parametrize(("value", "words"), BAD_METRICS.values(), ids=BAD_METRICS.keys())
+def test_a_metric_that_measures_nothing_is_one_line(value, words):
     with pytest.raises(UserError, match=words):
-        evaluated(arguments, data_folder, **metric)
+        scores(lambda predictions, references: value, ["a", "b"], ["a", "c"])
+    with pytest.raises(UserError, match=r"failed on 1 answers .*ZeroDivisionError"):
+        scores(lambda predictions, references: 1 / 0, ["a"], ["b"])
+    assert scores(functools.partial(exact_match), ["a"], ["a"]) == {"partial": 1.0}
 
 
 def test_a_metric_for_the_best_model_that_nobody_measures_is_one_line(arguments, data_folder, tmp_path):

@@ -139,6 +139,7 @@ TRAINERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", TRAINERS.values(), ids=TRAINERS)
 def test_preferences_and_rewards_reach_the_projector(exact_folder, tmp_path, build):
     """The projector learns only through pictures; a row with another picture teaches it something else."""
@@ -187,6 +188,7 @@ assert "modeling_delta_llava" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_dpo_and_rloo_take_the_code_of_the_folder(exact_folder, tmp_path):
     """Without the package: `trust_remote_code` reaches the model and the reference model that TRL loads by name."""
     ended = python("-c", REMOTE, exact_folder, tmp_path / "out", HF_MODULES_CACHE=str(tmp_path / "modules"))
