@@ -42,7 +42,7 @@ def test_the_whole_demo_runs_and_replaces_an_earlier_one(tmp_path, capsys, monke
     assert "questions about pictures that training never saw" in capsys.readouterr().out
     summary = json.loads((output / "demo.json").read_text())
     assert list(summary["accuracy"]) == ["64", "16", "4", "1", "no picture"]
-    assert summary["effort"]["stage2_steps"] == 6
+    assert summary["effort"]["stage2_steps"] == 8
     config = json.loads((output / "model" / "config.json").read_text())
     assert sorted(config["trained_num_visual_tokens"]) == [1, 4, 16, 64]
     with Image.open(output / "answers.png") as sheet:

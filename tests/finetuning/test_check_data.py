@@ -60,5 +60,5 @@ def test_rows_that_cannot_be_read_or_shown_are_counted(arguments, tmp_path):
     settings = {"data_path": str(tmp_path / "rows.jsonl"), "max_steps": 1}
     assert "malformed rows                   2" in check_data(arguments(**settings, format="plain"))
     streamed = check_data(arguments(**settings, format="plain", streaming=True))
-    assert "rows.jsonl: line 1: the chat template cannot show this conversation" in streamed
+    assert "rows.jsonl: line 1 (row 0): the chat template cannot show this conversation" in streamed
     assert "malformed rows                   1" in check_data(arguments(**settings))
