@@ -110,20 +110,11 @@ def write_shards(
 
 
 def _write_shard(path: Path, weights: Mapping[str, Weight], scan: bool) -> dict[str, int]:
-    for file in dict.fromkeys(weight.file for weight in weights.values()):
-        _read_ahead(file)
     allocate = _disk_allocator(path.parent)
     values = {key: weight.value(allocate) for key, weight in weights.items()}
     save(_without_overlap(values, allocate), path, next(iter(weights.values())).file)
     values.clear()  # gives back the disk that computed ones take
     return scanned(path) if scan else {}
-
-
-def _read_ahead(file: Path) -> None:
-    """Has the system read a whole file into its cache: page by page, as a mapped file is touched, disks are slow."""
-    if hasattr(os, "posix_fadvise"):  # not on macOS
-        with file.open("rb") as opened:
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def save(tensors: Mapping[str, Tensor], path: Path, source: Path) -> None:
