@@ -252,20 +252,20 @@ def test_a_run_killed_before_its_first_answer_goes_on(folder, tasks, expected, t
 
 def test_rows_at_one_place_are_told_apart(folder, tmp_path):
     """A set that was repaired in place is asked again, and one in memory by every run."""
-    places = [tmp_path / "rows", tmp_path / "rows"]
-    asked = [DeltaLlavaForEvaluation(str(folder)) for _ in range(2)]
-    for model, place, answer in zip(asked, places, ("a", "b"), strict=True):
+    place = tmp_path / "rows"
+    found = []
+    for answer in ("a", "b"):
+        model = DeltaLlavaForEvaluation(str(folder))
         shutil.rmtree(place, ignore_errors=True)
         datasets.Dataset.from_list([{"question": answer}]).save_to_disk(place)
         model.task_dict = {
             "saved": {"test": datasets.load_from_disk(str(place))},
             "memory": {"test": datasets.Dataset.from_list([{"question": "a"}])},
         }
-        assert model._data_of("saved", "test") == model._data_of("saved", "test")
-        assert model._data_of("memory", "test") == model._data_of("memory", "test")
-    for task in ("saved", "memory"):
-        first, second = (model._data_of(task, "test") for model in asked)
-        assert first != second
+        found.append([model._data_of(task, "test") for task in ("saved", "memory")])
+        assert found[-1] == [model._data_of(task, "test") for task in ("saved", "memory")]
+    assert found[0][0] != found[1][0]
+    assert found[0][1] != found[1][1]
 
 
 def test_two_processes(folder, tasks, expected, tmp_path):

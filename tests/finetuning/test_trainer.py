@@ -283,6 +283,7 @@ def test_every_save_is_a_whole_hub_folder(arguments, data_folder):
         assert str(folder) not in card
 
 
+@pytest.mark.slow
 def test_every_push_during_training_is_a_whole_model(hub, client, settings, tmp_path):
     """Each commit has code and card beside the weights of its step, and the checkpoint to resume from."""
     changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "push_to_hub": True}
