@@ -17,6 +17,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import is_torch_tf32_available
 
 from delta_llava.errors import UserError, printable, told
@@ -379,7 +380,12 @@ def build_arguments(settings: Mapping[str, Any], where: str = "the settings") ->
     if chosen.tf32 and not is_torch_tf32_available():
         chosen.tf32 = None  # only a matter of speed: without such a device the recipes run all the same
     with told(f"{where}: these settings cannot be used", "correct what the reason names"):
-        model, data, training = parser.parse_dict(vars(chosen), allow_extra_keys=True)
+        try:
+            model, data, training = parser.parse_dict(vars(chosen), allow_extra_keys=True)
+        except Exception:
+            # transformers makes a DeepSpeed configuration known to the whole process before it reads it.
+            unset_hf_deepspeed_config()
+            raise
         _check_built(parser, training)
     stored = {name: value for name, value in changed.items() if name not in ("hub_token", "check_data")}
     stored |= run_identity(model, data, training)

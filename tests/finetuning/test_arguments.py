@@ -8,6 +8,7 @@ import pytest
 import yaml
 from hypothesis import example, given, strategies
 from hypothesis import settings as hypothesis_settings
+from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 
 from delta_llava.errors import UserError
 from delta_llava.redaction import tokens_in_use
@@ -247,6 +248,16 @@ BAD_SETTINGS = {
 def test_bad_settings(changes, words):
     message = refusal(changes)
     assert re.search(words, message), message
+
+
+def test_a_refused_deepspeed_config_does_not_stay_known_to_transformers(tmp_path):
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 3}, "train_batch_size": "7')
+    for config in ("none.json", str(tmp_path / "zero.json")):
+        with pytest.raises(UserError, match="cannot be used") as caught:
+            build_arguments({**MINIMAL, "deepspeed": config})
+        assert caught.value.__cause__ is not None  # whose frames hold the half-made configuration
+        assert deepspeed_config() is None
+        assert not is_deepspeed_zero3_enabled()
 
 
 NUMBERS = {name for _, names in LIMITS.values() for name in names.split()}
