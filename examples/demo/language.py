@@ -81,14 +81,14 @@ def train_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
 
 
 def language_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """Two layers of width 96. At this width the usual initial spread of 0.02 would take long to leave behind."""
+    """Two layers of width 128. At this width the usual initial spread of 0.02 would take long to leave behind."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=96,
+        hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
         max_position_embeddings=512,
         initializer_range=0.1,
         pad_token_id=tokenizer.pad_token_id,
