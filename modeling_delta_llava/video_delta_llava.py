@@ -1,0 +1,122 @@
+"""Videos for Delta-LLaVA, which sees pictures only: frames of a video and their times, as the parts of a message."""
+
+import io
+import itertools
+import math
+import os
+import time
+
+from transformers.utils import logging
+from transformers.video_utils import VideoMetadata, default_sample_indices_fn
+
+logger = logging.get_logger(__name__)
+
+# Frames of a video file without being asked, and at most; most pixels of all of them; and time to read it.
+NUM_FRAMES, MAX_FRAMES, MAX_FRAME_PIXELS, VIDEO_SECONDS = 8, 256, 500_000_000, 60
+# Of a longer video only key frames are looked at, which decode alone.
+MAX_DECODED_FRAMES = 5000
+# What FFmpeg may open. It opens playlists too, and whatever files and addresses they name.
+VIDEO_FORMATS = "mov,matroska,avi,mpegts,mpeg,ogg,flv,asf,gif,apng"
+
+
+def sampled(total: int, num_frames: int) -> list[int]:
+    """Which frames transformers shows of `total` ones: at most `num_frames`, evenly spaced from the first one."""
+    if not 0 < num_frames <= MAX_FRAMES:
+        raise ValueError(f"{num_frames} frames cannot be shown: ask for 1 to {MAX_FRAMES}")
+    count = min(num_frames, total)
+    # The oldest supported release may give one index more.
+    return default_sample_indices_fn(VideoMetadata(total), num_frames=count)[:count].tolist()
+
+
+def video_frames(source: str | os.PathLike | bytes, num_frames: int | None = None, fps: float | None = None):
+    """
+    Upright frames of a video file (a path, or its bytes), and the seconds at which they are shown, `None` if unknown.
+
+    Raises:
+        OSError, ValueError: it cannot be read within the limits above.
+    """
+    try:
+        import av
+    except ImportError:
+        raise ValueError(
+            "PyAV is missing: `pip install av` (the extra `video`), or give the frames as pictures"
+        ) from None
+    end = time.monotonic() + VIDEO_SECONDS
+
+    def opened(file):
+        file.seek(0)
+        try:
+            return av.open(file, options={"format_whitelist": VIDEO_FORMATS})
+        except av.FFmpegError as error:
+            raise ValueError(f"it is damaged, or none of {VIDEO_FORMATS} ({error.strerror})") from error
+
+    def in_time(items):
+        for item in items:
+            if time.monotonic() > end:
+                raise TimeoutError(f"reading it takes more than {VIDEO_SECONDS} seconds: give a part of it")
+            yield item
+
+    frames, times = [], []
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+        # A container need not say how many frames it holds, nor do all find a frame by its time: it is read twice.
+        with opened(file) as container:
+            if not container.streams.video:
+                raise ValueError("it has sound only")
+            keys = [packet.is_keyframe for packet in in_time(container.demux(video=0)) if packet.size]
+            if fps is not None:
+                rate = container.streams.video[0].average_rate
+                if not rate:
+                    raise ValueError("its frame rate is unknown: ask for num_frames")
+                num_frames = math.ceil(len(keys) / rate * fps)
+        num_frames = NUM_FRAMES if num_frames is None else num_frames
+        sparse = len(keys) > MAX_DECODED_FRAMES and sum(keys) >= num_frames
+        wanted = sampled(sum(keys) if sparse else len(keys), num_frames) if keys else []
+        with opened(file) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            stream.codec_context.skip_frame = "NONKEY" if sparse else "DEFAULT"
+            shown = (frame for frame in in_time(container.decode(stream)) if frame.key_frame or not sparse)
+            for index, frame in enumerate(itertools.islice(shown, max(wanted, default=-1) + 1)):
+                if len(wanted) * frame.width * frame.height > MAX_FRAME_PIXELS:
+                    raise ValueError(
+                        f"{len(wanted)} of its frames are more than {MAX_FRAME_PIXELS:,} pixels: ask for fewer"
+                    )
+                if index in wanted:
+                    frames.append(frame.to_image().rotate(frame.rotation, expand=True))
+                    times.append(frame.time)
+    if not frames:
+        raise ValueError("it has no frames")
+    return frames, None if None in times else [seconds - times[0] for seconds in times]
+
+
+def video_parts(source, first: int = 1, num_frames: int | None = None, fps: float | None = None) -> list[dict]:
+    """
+    A video as parts of a message: its frames as images, and a text with their numbers, from `first` on, and times.
+
+    `source` is a path or a file's bytes, or the frames: a list of images as the processor takes them, or an array or
+    tensor of shape `(frames, height, width, 3)` or `(frames, 3, height, width)`. Of a file, 8 frames are shown, or at
+    most `num_frames`, or `fps` of each second; of given frames all, or at most `num_frames`.
+
+    Raises:
+        OSError, ValueError: it cannot be read within the limits above.
+    """
+    if fps is not None and (num_frames is not None or not isinstance(source, (str, os.PathLike, bytes))):
+        raise ValueError("fps is for video files, and in place of num_frames")
+    if isinstance(source, bytes) or (isinstance(source, (str, os.PathLike)) and os.path.isfile(source)):
+        frames, times = video_frames(source, num_frames, fps)
+    elif (isinstance(source, (list, tuple)) or getattr(source, "ndim", 0) == 4) and len(source) > 0:
+        wanted = sampled(len(source), len(source) if num_frames is None else num_frames)
+        frames, times = [source[index] for index in wanted], None
+    else:
+        raise ValueError("it is no file, no http(s) address, and no list or 4-dimensional array that holds frames")
+    logger.warning_once(
+        "A video is shown as pictures of some of its frames. Delta-LLaVA was not trained on videos: check what it "
+        "says about movement and order."
+    )
+    last = first + len(frames) - 1
+    text = (
+        f"Images {first} to {last} are frames of a video" if last > first else f"Image {first} is a frame of a video"
+    )
+    if times is not None:
+        text += f", at {', '.join(f'{seconds:.1f}' for seconds in times)} seconds"
+    return [*({"type": "image", "image": frame} for frame in frames), {"type": "text", "text": f"\n{text}.\n"}]
