@@ -56,21 +56,27 @@ def video_frames(source: str | os.PathLike | bytes, num_frames: int | None = Non
                 raise TimeoutError(f"reading it takes more than {VIDEO_SECONDS} seconds: give a part of it")
             yield item
 
-    frames, times = [], []
+    frames = []
     with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
         # A container need not say how many frames it holds, nor do all find a frame by its time: it is read twice.
         with opened(file) as container:
             if not container.streams.video:
                 raise ValueError("it has sound only")
-            keys = [packet.is_keyframe for packet in in_time(container.demux(video=0)) if packet.size]
+            packets = [
+                (packet.is_keyframe, None if packet.pts is None else float(packet.pts * packet.time_base))
+                for packet in in_time(container.demux(video=0))
+                if packet.size
+            ]
             if fps is not None:
                 rate = container.streams.video[0].average_rate
                 if not rate:
                     raise ValueError("its frame rate is unknown: ask for num_frames")
-                num_frames = math.ceil(len(keys) / rate * fps)
+                num_frames = math.ceil(len(packets) / rate * fps)
         num_frames = NUM_FRAMES if num_frames is None else num_frames
-        sparse = len(keys) > MAX_DECODED_FRAMES and sum(keys) >= num_frames
-        wanted = sampled(sum(keys) if sparse else len(keys), num_frames) if keys else []
+        keys = [packet for packet in packets if packet[0]]
+        sparse = len(packets) > MAX_DECODED_FRAMES and len(keys) >= num_frames
+        packets = keys if sparse else packets
+        wanted = sampled(len(packets), num_frames) if packets else []
         with opened(file) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
@@ -83,10 +89,12 @@ def video_frames(source: str | os.PathLike | bytes, num_frames: int | None = Non
                     )
                 if index in wanted:
                     frames.append(frame.to_image().rotate(frame.rotation, expand=True))
-                    times.append(frame.time)
     if not frames:
         raise ValueError("it has no frames")
-    return frames, None if None in times else [seconds - times[0] for seconds in times]
+    if any(seconds is None for _, seconds in packets):
+        return frames, None
+    times = sorted(seconds for _, seconds in packets)  # a file's frames stand in the order of decoding
+    return frames, [times[index] - times[0] for index in wanted[: len(frames)]]
 
 
 def video_parts(source, first: int = 1, num_frames: int | None = None, fps: float | None = None) -> list[dict]:

@@ -18,13 +18,17 @@ def shown(image: Image.Image) -> int:
     return round(np.asarray(image).mean() / 10)
 
 
-def write_clip(path: Path, frames: list[Image.Image] | int = 20, codec: str = "mpeg4", **options) -> Path:
-    """A video of the given frames, or of so many grey ones; `options` are the encoder's."""
+def write_clip(
+    path: Path, frames: list[Image.Image] | int = 20, codec: str = "mpeg4", turned: int = 0, **options
+) -> Path:
+    """A video of the given frames, or of so many grey ones, to be turned when shown; `options` are the encoder's."""
     frames = [frame(index) for index in range(frames)] if isinstance(frames, int) else frames
     pixels = {"gif": "rgb8", "apng": "rgb24"}.get(codec, "yuv420p")
     with av.open(path, "w") as container:
         stream = container.add_stream(codec, rate=RATE, options=options)
         stream.width, stream.height, stream.pix_fmt = (*frames[0].size, pixels) if frames else (64, 48, pixels)
+        stream.set_display_rotation(turned)
+        container.start_encoding()
         for image in frames:
             container.mux(stream.encode(av.VideoFrame.from_image(image)))
         container.mux(stream.encode())

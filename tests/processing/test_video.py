@@ -14,7 +14,8 @@ from PIL import Image
 from transformers import pipeline
 from transformers.video_utils import load_video
 
-from modeling_delta_llava import processing_delta_llava, tokenization, video_delta_llava
+from modeling_delta_llava import processing_delta_llava, video_delta_llava
+from modeling_delta_llava.building import read_chat_template
 from modeling_delta_llava.video_delta_llava import video_frames, video_parts
 from tests import tiny
 from tests.clips import frame, shown, write_clip, write_sound
@@ -74,20 +75,11 @@ def test_the_frames_are_those_of_transformers(number, clip):
 
 
 @pytest.mark.parametrize("angle", [90, 180, -90])
-def test_a_turned_video_is_shown_upright(angle, clip, tmp_path):
-    data = bytearray(clip.read_bytes())
-    cosine, sine = {90: (0, 1), 180: (-1, 0), -90: (0, -1)}[angle]
-    # The matrix of a track's header says how players turn it: 40 bytes behind the header's version and flags.
-    matrix = np.array([cosine, -sine, 0, sine, cosine, 0, 0, 0, 2**14], ">i4") * 2**16
-    start = data.index(b"tkhd") + 4 + 4 + 20 + 16
-    data[start : start + 36] = matrix.tobytes()
+def test_a_turned_video_is_shown_upright(angle, tmp_path):
     corner = Image.new("RGB", (64, 48), "white")
     corner.paste("black", (0, 0, 32, 24))
-    path = write_clip(tmp_path / "corner.mp4", [corner])
-    turned = bytearray(path.read_bytes())
-    start = turned.index(b"tkhd") + 4 + 4 + 20 + 16
-    turned[start : start + 36] = matrix.tobytes()
-    (image,), _ = video_frames(bytes(turned))
+    path = write_clip(tmp_path / "turned.mp4", [corner], turned=angle)
+    (image,), _ = video_frames(path)
     expected = corner.rotate(angle, expand=True)
     assert image.size == expected.size
     assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).mean() < 5
@@ -113,7 +105,7 @@ def address(clip):
 @pytest.mark.parametrize("template", ["vicuna_v1", "chatml", "plain"])
 @pytest.mark.parametrize("key", ["video", "url", "path", "bytes"])
 def test_a_video_is_its_frames_given_as_pictures(key, template, clip, address, processor):
-    template = tokenization.read_chat_template(template)
+    template = read_chat_template(template)
     sources = {"video": clip, "url": address, "path": str(clip), "bytes": clip.read_bytes()}
     messages = chat(video(sources[key], "video" if key == "bytes" else key))
     inputs = processor.apply_chat_template(messages, chat_template=template, **ASKED)
