@@ -12,7 +12,7 @@ from transformers.video_utils import VideoMetadata, default_sample_indices_fn
 logger = logging.get_logger(__name__)
 
 # Frames of a video file without being asked, and at most; most pixels of all of them; and time to read it.
-NUM_FRAMES, MAX_FRAMES, MAX_FRAME_PIXELS, VIDEO_SECONDS = 8, 256, 500_000_000, 60
+NUM_FRAMES, MAX_FRAMES, MAX_FRAME_PIXELS, VIDEO_SECONDS = 8, 256, 300_000_000, 60
 # Of a longer video only key frames are looked at, which decode alone.
 MAX_DECODED_FRAMES = 5000
 # What FFmpeg may open. It opens playlists too, and whatever files and addresses they name.
@@ -49,51 +49,62 @@ def video_frames(source: str | os.PathLike | bytes, num_frames: int | None = Non
             return av.open(file, options={"format_whitelist": VIDEO_FORMATS})
         except av.FFmpegError as error:
             raise ValueError(f"it is damaged, or none of {VIDEO_FORMATS} ({error.strerror})") from error
+        except UnicodeDecodeError as error:
+            raise ValueError("its tags are not UTF-8 text: remove them (ffmpeg -map_metadata -1 -c copy)") from error
 
-    def in_time(items):
-        for item in items:
-            if time.monotonic() > end:
-                raise TimeoutError(f"reading it takes more than {VIDEO_SECONDS} seconds: give a part of it")
-            yield item
+    def read(items):
+        try:
+            for item in items:
+                if time.monotonic() > end:
+                    raise TimeoutError(f"reading it takes more than {VIDEO_SECONDS} seconds: give a part of it")
+                yield item
+        except av.FFmpegError as error:
+            raise ValueError(f"it is damaged ({error.strerror}): convert it, or give its frames") from error
+
+    def check_size(picture) -> None:
+        if len(wanted) * picture.width * picture.height > MAX_FRAME_PIXELS:
+            size = f"{len(wanted)} frames of {picture.width} x {picture.height}"
+            raise ValueError(f"{size} are more than {MAX_FRAME_PIXELS:,} pixels: ask for fewer (num_frames)")
 
     frames = []
     with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
         # A container need not say how many frames it holds, nor do all find a frame by its time: it is read twice.
         with opened(file) as container:
-            if not container.streams.video:
-                raise ValueError("it has sound only")
+            if not container.streams.video or container.streams.video[0].codec_context is None:
+                raise ValueError("it has no pictures, or none that FFmpeg can decode")
             packets = [
                 (packet.is_keyframe, None if packet.pts is None else float(packet.pts * packet.time_base))
-                for packet in in_time(container.demux(video=0))
+                for packet in read(container.demux(video=0))
                 if packet.size
             ]
-            if fps is not None:
-                rate = container.streams.video[0].average_rate
-                if not rate:
-                    raise ValueError("its frame rate is unknown: ask for num_frames")
-                num_frames = math.ceil(len(packets) / rate * fps)
-        num_frames = NUM_FRAMES if num_frames is None else num_frames
+            rate = container.streams.video[0].average_rate
+        if not packets:
+            raise ValueError("it has no frames")
+        if fps is not None:
+            if not rate:
+                raise ValueError("its frame rate is unknown: ask for num_frames")
+            num_frames = math.ceil(len(packets) / rate * fps)
+        elif num_frames is None:
+            num_frames = NUM_FRAMES
         keys = [packet for packet in packets if packet[0]]
-        sparse = len(packets) > MAX_DECODED_FRAMES and len(keys) >= num_frames
-        packets = keys if sparse else packets
-        wanted = sampled(len(packets), num_frames) if packets else []
+        only_keys = len(packets) > MAX_DECODED_FRAMES and len(keys) >= num_frames
+        packets = keys if only_keys else packets
+        wanted = sampled(len(packets), num_frames)
         with opened(file) as container:
             stream = container.streams.video[0]
+            check_size(stream.codec_context)
             stream.thread_type = "AUTO"
-            stream.codec_context.skip_frame = "NONKEY" if sparse else "DEFAULT"
-            shown = (frame for frame in in_time(container.decode(stream)) if frame.key_frame or not sparse)
-            for index, frame in enumerate(itertools.islice(shown, max(wanted, default=-1) + 1)):
-                if len(wanted) * frame.width * frame.height > MAX_FRAME_PIXELS:
-                    raise ValueError(
-                        f"{len(wanted)} of its frames are more than {MAX_FRAME_PIXELS:,} pixels: ask for fewer"
-                    )
+            stream.codec_context.skip_frame = "NONKEY" if only_keys else "DEFAULT"
+            shown = (frame for frame in read(container.decode(stream)) if frame.key_frame or not only_keys)
+            for index, frame in enumerate(itertools.islice(shown, wanted[-1] + 1)):
+                check_size(frame)
                 if index in wanted:
                     frames.append(frame.to_image().rotate(frame.rotation, expand=True))
     if not frames:
-        raise ValueError("it has no frames")
+        raise ValueError("none of its frames can be decoded")
     if any(seconds is None for _, seconds in packets):
         return frames, None
-    times = sorted(seconds for _, seconds in packets)  # a file's frames stand in the order of decoding
+    times = sorted(seconds for _, seconds in packets)  # a file holds its frames in the order of decoding
     return frames, [times[index] - times[0] for index in wanted[: len(frames)]]
 
 
