@@ -46,7 +46,8 @@ def video_frames(source: str | os.PathLike | bytes, num_frames: int | None = Non
     def opened(file):
         file.seek(0)
         try:
-            return av.open(file, options={"format_whitelist": VIDEO_FORMATS})
+            # For the container alone: PyAV before 18 crashes when it hands options on to the streams of an FLV.
+            return av.open(file, container_options={"format_whitelist": VIDEO_FORMATS})
         except av.FFmpegError as error:
             raise ValueError(f"it is damaged, or none of {VIDEO_FORMATS} ({error.strerror})") from error
         except UnicodeDecodeError as error:

@@ -33,6 +33,7 @@ FILES = {
     "vp9.webm": {"codec": "libvpx-vp9"},
     "mpeg2.ts": {"codec": "mpeg2video"},
     "wmv2.wmv": {"codec": "wmv2"},
+    "flv1.flv": {"codec": "flv"},
     "animated.gif": {"codec": "gif"},
     "animated.apng": {"codec": "apng"},
 }
@@ -251,7 +252,7 @@ BROKEN = {
     "a script": (write_script, "none of mov,"),
     "sound": (lambda path: shutil.move(write_sound(path.with_suffix(".m4a")), path), "it has no pictures"),
     "no frames": (
-        lambda path: shutil.move(write_clip(path.with_suffix(".mkv"), 0), path),
+        lambda path: shutil.move(write_clip(path.with_suffix(".avi"), 0), path),
         "it has no frames",
     ),
     "cut short": (lambda path: path.write_bytes(write_clip(path.with_suffix(".mp4")).read_bytes()[:600]), "damaged"),
