@@ -22,7 +22,7 @@ def sampled(total: int, num_frames: int) -> list[int]:
     """
     Which of `total` frames to show: at most `num_frames`, evenly spaced from the first one.
 
-    They are those of transformers' `default_sample_indices_fn`, which in its oldest supported release leaves out the end.
+    They are those of transformers' `default_sample_indices_fn`, whose oldest supported release leaves out the end.
     """
     if not 0 < num_frames <= MAX_FRAMES:
         raise ValueError(f"{num_frames} frames cannot be shown: ask for 1 to {MAX_FRAMES}")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import pipeline
+from transformers.dynamic_module_utils import get_imports
 from transformers.video_utils import load_video
 
 from modeling_delta_llava import processing_delta_llava, video_delta_llava
@@ -325,6 +326,10 @@ def test_without_pyav(clip, processor, monkeypatch):
     with pytest.raises(ValueError, match=r"PyAV is missing: `pip install av` \(the extra `video`\)"):
         processor.apply_chat_template(chat(video(clip)), **ASKED)
     assert processor.apply_chat_template(chat(video([frame(1)])), **ASKED)["pixel_values"].shape[0] == 1
+
+
+def test_code_from_the_hub_loads_without_pyav():
+    assert "av" not in get_imports(video_delta_llava.__file__)
 
 
 def test_only_users_show_videos(clip, processor):
