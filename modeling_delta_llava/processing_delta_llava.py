@@ -305,6 +305,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
         """
         batched = conversation and (isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages"))
         given = {**(kwargs.get("processor_kwargs") or {}), **kwargs}
+        if given.get("load_audio_from_video"):
+            raise ValueError("Delta-LLaVA hears no sound: leave load_audio_from_video out")
         sampling = {name: _option(given, "videos_kwargs", name) for name in ("num_frames", "fps")}
         kwargs = {name: value for name, value in kwargs.items() if name not in sampling}
         rows = [getattr(row, "messages", row) for row in (conversation if batched else [conversation])]

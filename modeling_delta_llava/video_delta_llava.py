@@ -51,7 +51,8 @@ def video_frames(source: str | os.PathLike | bytes, num_frames: int | None = Non
             # For the container alone: PyAV before 18 crashes when it hands options on to the streams of an FLV.
             return av.open(file, container_options={"format_whitelist": VIDEO_FORMATS})
         except av.FFmpegError as error:
-            raise ValueError(f"it is damaged, or none of {VIDEO_FORMATS} ({error.strerror})") from error
+            kinds = f"it is damaged, or none of {VIDEO_FORMATS} ({error.strerror})"
+            raise ValueError(f"{kinds}: convert it, or give its frames") from error
         except UnicodeDecodeError as error:
             raise ValueError("its tags are not UTF-8 text: remove them (ffmpeg -map_metadata -1 -c copy)") from error
 

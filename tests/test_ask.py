@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -82,6 +83,15 @@ def test_videos_that_cannot_be_shown(content, options, message, hub_folder, tmp_
     output = capsys.readouterr()
     assert output.out == ""
     assert message in output.err.strip().splitlines()[-1]
+
+
+def test_a_video_without_pyav(hub_folder, tmp_path, capsys, monkeypatch):
+    clip = write_clip(tmp_path / "clip.mp4")
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert cli.main(["ask", str(hub_folder), str(clip), "What happens?"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"error: {clip} is not an image")
+    assert "`pip install av` (the extra `video`)" in line
 
 
 def test_text_alone(hub_folder, capsys):

@@ -332,6 +332,11 @@ def test_code_from_the_hub_loads_without_pyav():
     assert "av" not in get_imports(video_delta_llava.__file__)
 
 
+def test_sound_is_refused(clip, processor):
+    with pytest.raises(ValueError, match="hears no sound: leave load_audio_from_video out"):
+        processor.apply_chat_template(chat(video(clip)), **ASKED, load_audio_from_video=True)
+
+
 def test_only_users_show_videos(clip, processor):
     messages = [*chat(), {"role": "assistant", "content": [video(clip)]}]
     with pytest.raises(Exception, match="A part of type image cannot be shown here"):
