@@ -12,7 +12,7 @@ logger = logging.get_logger(__name__)
 
 # Frames of a video file without being asked, and at most; most pixels of all of them; and time to read it.
 NUM_FRAMES, MAX_FRAMES, MAX_FRAME_PIXELS, VIDEO_SECONDS = 8, 256, 300_000_000, 60
-# Of a longer video only key frames are looked at, which decode alone.
+# Of a video with more frames than this only key frames are looked at, which decode alone.
 MAX_DECODED_FRAMES = 5000
 # What FFmpeg may open. It opens playlists too, and whatever files and addresses they name.
 VIDEO_FORMATS = "mov,matroska,avi,mpegts,mpeg,ogg,flv,asf,gif,apng"
