@@ -101,7 +101,8 @@ def ask(
     images_and_question: Annotated[
         list[str],
         typer.Argument(
-            metavar="IMAGE... QUESTION", help="Pictures (paths or http addresses), then the question in quotes."
+            metavar="IMAGE... QUESTION",
+            help="Pictures and videos (paths or http addresses), then the question in quotes.",
         ),
     ],
     num_visual_tokens: Annotated[
@@ -112,12 +113,15 @@ def ask(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (as saved), bfloat16, float16 or float32.")] = "auto",
+    num_frames: Annotated[int | None, typer.Option(min=1, help="Frames shown of each video, at most [8].")] = None,
 ) -> None:
-    """Ask about pictures and stream the answer."""
+    """Ask about pictures and videos, and stream the answer."""
     from modeling_delta_llava.asking import ask as ask_model
 
     *images, question = images_and_question
-    ask_model(model, question, images, num_visual_tokens, revision, max_new_tokens, temperature, device, dtype)
+    ask_model(
+        model, question, images, num_visual_tokens, revision, max_new_tokens, temperature, device, dtype, num_frames
+    )
 
 
 @app.command(rich_help_panel=CONVERT)

@@ -1,4 +1,4 @@
-"""`delta-llava ask`: one question about pictures, answered as a stream of text."""
+"""`delta-llava ask`: one question about pictures and videos, answered as a stream of text."""
 
 import os
 import queue
@@ -44,7 +44,7 @@ def download(address: str) -> bytes:
 
     # A thread that nobody waits for: looking up a name and reading slow headers have no time limit of their own.
     threading.Thread(target=fetch, daemon=True).start()
-    with told(f"{printable(address)} cannot be fetched", "save the picture, and give its path"):
+    with told(f"{printable(address)} cannot be fetched", "save it, and give its path"):
         try:
             content = answer.get(timeout=processing.DOWNLOAD_SECONDS)
         except queue.Empty:
@@ -66,6 +66,38 @@ def check_question(question: str) -> None:
         raise UserError(f"the question is missing: put it last, in quotes, behind {question}")
 
 
+def located(source: str) -> str | bytes:
+    """The path of a regular file, or what an http(s) address holds. Raises `UserError` if there is none."""
+    if source.startswith(("http://", "https://")):
+        return download(source)
+    if os.path.isfile(source):
+        return source
+    if os.path.isdir(source):
+        raise UserError(f"{source} is a folder, not an image: name a picture in it")
+    if os.path.exists(source):
+        raise UserError(f"{source} is a pipe, device or socket, not an image: save the picture in a file")
+    raise UserError(f"no such image: {source}")
+
+
+def decoded(content: str | bytes, source: str):
+    """What `located` found, as a picture in the processor's view of it.
+
+    Raises:
+        PIL.UnidentifiedImageError: it is no picture.
+        UserError: it is one that cannot be used.
+    """
+    from PIL import UnidentifiedImageError
+
+    from .processing_delta_llava import open_picture, rgb_picture
+
+    try:
+        return rgb_picture(open_picture(content))
+    except UnidentifiedImageError:
+        raise
+    except Exception as error:  # Pillow's decoders have no common class of error
+        raise UserError(f"{source} is damaged or too large ({reason(error)})") from error
+
+
 def open_image(source: str):
     """A picture from a file or an http(s) address, in the processor's view of it.
 
@@ -74,24 +106,38 @@ def open_image(source: str):
     """
     from PIL import UnidentifiedImageError
 
-    from .processing_delta_llava import open_picture, rgb_picture
-
-    if source.startswith(("http://", "https://")):
-        content = download(source)
-    elif os.path.isfile(source):
-        content = source
-    elif os.path.isdir(source):
-        raise UserError(f"{source} is a folder, not an image: name a picture in it")
-    elif os.path.exists(source):
-        raise UserError(f"{source} is a pipe, device or socket, not an image: save the picture in a file")
-    else:
-        raise UserError(f"no such image: {source}")
     try:
-        return rgb_picture(open_picture(content))
+        return decoded(located(source), source)
     except UnidentifiedImageError:
         raise UserError(f"{source} is not an image that Pillow can read") from None
-    except Exception as error:  # Pillow's decoders have no common class of error
-        raise UserError(f"{source} is damaged or too large ({reason(error)})") from error
+
+
+def open_parts(sources: Sequence[str], num_frames: int | None = None) -> list[dict]:
+    """Pictures and videos, told apart by what they hold, as parts of a message; of a video, its frames.
+
+    Raises:
+        UserError: there is none, it cannot be used, or `num_frames` is given without a video.
+    """
+    from PIL import UnidentifiedImageError
+
+    from .video_delta_llava import video_parts
+
+    parts: list[dict] = []
+    for source in sources:
+        content = located(source)
+        try:
+            parts.append({"type": "image", "image": decoded(content, source)})
+        except UnidentifiedImageError:
+            first = 1 + sum(part["type"] == "image" for part in parts)
+            try:
+                parts += video_parts(content, first, num_frames)
+            except Exception as error:  # FFmpeg's have no common class either
+                raise UserError(
+                    f"{source} is not an image, and no video that can be shown: {reason(error)}"
+                ) from error
+    if num_frames is not None and all(part["type"] == "image" for part in parts):
+        raise UserError("--num-frames is for videos, and there is none: leave it out")
+    return parts
 
 
 def model_folder(model: str, revision: str | None = None, weights: bool = True) -> Path:
@@ -164,11 +210,12 @@ def ask(
     temperature: float = 0.0,
     device: str = "auto",
     dtype: str = "auto",
+    num_frames: int | None = None,
 ) -> None:
     """Prints the answer to standard output while it is generated.
 
     Raises:
-        UserError: for anything the user can mend: no such file, not an image, no such model, a wrong budget.
+        UserError: for anything the user can mend: no such file, no image or video, no such model, a wrong budget.
     """
     from transformers import TextStreamer
     from transformers.utils import logging
@@ -177,24 +224,21 @@ def ask(
 
     check_question(question)
     budgets = parse_budgets(num_visual_tokens)
-    pictures = [open_image(image) for image in images]
+    content = [*open_parts(images, num_frames), {"type": "text", "text": question}]
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     network, processor = load(model, revision, device, dtype)
     if budgets is not None and network.config.model_type != "delta_llava":
         raise UserError(f"{model} is of type {network.config.model_type}, which has no --num-visual-tokens")
 
-    text = {"type": "text", "text": question}
-    check_chat_template(
-        processor, model, [{"role": "user", "content": [{"type": "image", "image": ""} for _ in pictures] + [text]}]
-    )
-    content = [{"type": "image", "image": picture} for picture in pictures]
+    tried = [{**part, "image": ""} if part["type"] == "image" else part for part in content]
+    check_chat_template(processor, model, [{"role": "user", "content": tried}])
     if budgets is not None and len(budgets) == 1:
         (budgets,) = budgets  # one for all pictures
     with told(f"{model} cannot answer", "check it with `delta-llava verify`"):
         try:
             inputs = processor.apply_chat_template(
-                [{"role": "user", "content": [*content, text]}],
+                [{"role": "user", "content": content}],
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,

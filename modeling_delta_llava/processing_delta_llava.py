@@ -16,6 +16,7 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processi
 from transformers.utils import logging
 
 from .configuration_delta_llava import AUTO_MAP, image_budgets, require_transformers
+from .video_delta_llava import video_parts
 
 logger = logging.get_logger(__name__)
 
@@ -209,7 +210,9 @@ class DeltaLlavaProcessor(ProcessorMixin):
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         for name, given in (("videos", videos), ("audio", audio)):
             if given is not None:
-                raise ValueError(f"Delta-LLaVA sees images and text only: call the processor without {name}")
+                raise ValueError(
+                    f"Delta-LLaVA sees images and text only: call the processor without {name} (chats may show videos)"
+                )
         if text is not None:
             text = self._prompts(text, _option(kwargs, "text_kwargs", "add_special_tokens"))
         if images is not None:
@@ -293,19 +296,51 @@ class DeltaLlavaProcessor(ProcessorMixin):
         return self.image_token * budget
 
     def apply_chat_template(self, conversation, *args, **kwargs):
-        """As `ProcessorMixin.apply_chat_template`.
+        """As `ProcessorMixin.apply_chat_template`, which sees each video as [`videos_as_images`] shows it.
 
         Raises:
-            ValueError: for an empty conversation, messages and text parts without text, and the image placeholder
-                written out where it is not a picture's place: beside image parts, and in what users did not say.
+            ValueError: for an empty conversation, messages and text parts without text, videos that cannot be shown,
+                and the image placeholder written out where it is not a picture's place: beside image parts, and in
+                what users did not say.
         """
         batched = conversation and (isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages"))
-        for messages in conversation if batched else [conversation]:
-            self._check_messages(getattr(messages, "messages", messages), kwargs.get("sanitize_control_tokens", False))
+        given = {**(kwargs.get("processor_kwargs") or {}), **kwargs}
+        if given.get("load_audio_from_video"):
+            raise ValueError("Delta-LLaVA hears no sound: leave load_audio_from_video out")
+        sampling = {name: _option(given, "videos_kwargs", name) for name in ("num_frames", "fps")}
+        kwargs = {name: value for name, value in kwargs.items() if name not in sampling}
+        rows = [getattr(row, "messages", row) for row in (conversation if batched else [conversation])]
+        rows = [self.videos_as_images(row, **sampling) for row in rows]
+        for messages in rows:
+            self._check_messages(messages, kwargs.get("sanitize_control_tokens", False))
+        conversation = rows if batched else rows[0]
         output = super().apply_chat_template(conversation, *args, **kwargs)
         if kwargs.get("return_assistant_tokens_mask") and "pixel_values" in output:
             require_transformers("5.23", "return_assistant_tokens_mask beside images")
         return output
+
+    @staticmethod
+    def videos_as_images(messages: list, num_frames: int | None = None, fps: float | None = None) -> list:
+        """
+        Messages in which [`video_parts`] stand in place of every part `{"type": "video"}`, whose video is its `video`,
+        `url` or `path`. Servers that know images only can be given them.
+
+        Raises:
+            ValueError: for a video that cannot be shown, which it names.
+        """
+        messages = list(messages or [])
+        for number, message in enumerate(messages):
+            if not isinstance(message, dict) or all(part.get("type") != "video" for part in _parts(message)):
+                continue
+            parts = []
+            for part in message["content"]:
+                if part.get("type") == "video":
+                    images = sum(part.get("type") in ("image", "image_url") for part in parts)
+                    parts += _shown_video(part, f"Message {number + 1}", images + 1, num_frames, fps)
+                else:
+                    parts.append(part)
+            messages[number] = {**message, "content": parts}
+        return messages
 
     def _check_messages(self, messages, sanitized: bool):
         if not messages:
@@ -339,6 +374,18 @@ def _option(kwargs: dict, modality: str, name: str, default=None):
     """A keyword of a call, given flat or inside of the modality's dictionary."""
     given = kwargs.get(name, (kwargs.get(modality) or {}).get(name))
     return default if given is None else given
+
+
+def _shown_video(part: dict, where: str, *options) -> list[dict]:
+    """The parts of a message in place of its part with a video, which is downloaded first; errors name it."""
+    source = next((part[key] for key in ("video", "url", "path") if part.get(key) is not None), None)
+    name = os.fspath(source)[:200] if isinstance(source, (str, os.PathLike)) else type(source).__name__
+    try:
+        if isinstance(source, str) and source.startswith(("http://", "https://")):
+            source = download_picture(source)
+        return video_parts(source, *options)
+    except Exception as error:  # FFmpeg's and Pillow's have no common class
+        raise ValueError(f"{where} has a video ({name}) that cannot be shown: {error}") from error
 
 
 def _parts(message: dict) -> list[dict]:

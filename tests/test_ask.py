@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from delta_llava import cli
 from delta_llava.errors import UserError
 from modeling_delta_llava import asking, processing_delta_llava
+from tests.clips import shown, write_clip
 from tests.tiny import encoded, picture
 
 SURROGATE = os.fsdecode(b"What \xff?")
@@ -47,6 +49,51 @@ def test_several_images_with_a_budget_each(hub_folder, capsys):
     assert capsys.readouterr().out.strip()
 
 
+def test_a_video_is_known_by_what_it_holds(hub_folder, tmp_path, capsys):
+    clip, photograph = tmp_path / "clip", tmp_path / "photograph.mp4"
+    write_clip(tmp_path / "clip.mp4").rename(clip)
+    photograph.write_bytes(CAT.read_bytes())
+    command = ["ask", str(hub_folder), str(photograph), str(clip), "What happens?", "--max-new-tokens", "4"]
+    assert cli.main([*command, "--num-frames", "3", "--num-visual-tokens", "16,4,4,1"]) == 0
+    assert capsys.readouterr().out.strip()
+    parts = asking.open_parts([str(photograph), str(clip)], 2)
+    assert [part["type"] for part in parts] == ["image", "image", "image", "text"]
+    assert [shown(part["image"]) for part in parts[1:3]] == [0, 10]
+    assert parts[-1]["text"] == "\nImages 2 to 3 are frames of a video, at 0.0, 1.0 seconds.\n"
+    with server(lambda connection: connection.sendall(HEAD + b"\r\n" + clip.read_bytes())) as address:
+        assert asking.open_parts([address], 2)[-1]["text"].startswith("\nImages 1 to 2 are frames of a video, at 0.0")
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (b"no video", [], "is not an image, and no video that can be shown: it is damaged, or none of mov"),
+        (b"#EXTM3U\n#EXTINF:9,\n/etc/passwd\n", [], "no video that can be shown: it is damaged, or none of mov"),
+        (None, ["--num-visual-tokens", "4,4"], "for each of 8 image"),
+        (None, ["--num-frames", "300"], "300 frames cannot be shown: ask for 1 to 256"),
+        (None, ["--num-frames", "0"], "--num-frames"),
+        (encoded(picture()), ["--num-frames", "2"], "--num-frames is for videos, and there is none: leave it out"),
+    ],
+)
+def test_videos_that_cannot_be_shown(content, options, message, hub_folder, tmp_path, capsys):
+    clip = write_clip(tmp_path / "clip.mp4")
+    if content is not None:
+        clip.write_bytes(content)
+    assert cli.main(["ask", str(hub_folder), str(clip), "What happens?", *options]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert message in output.err.strip().splitlines()[-1]
+
+
+def test_a_video_without_pyav(hub_folder, tmp_path, capsys, monkeypatch):
+    clip = write_clip(tmp_path / "clip.mp4")
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert cli.main(["ask", str(hub_folder), str(clip), "What happens?"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"error: {clip} is not an image")
+    assert "`pip install av` (the extra `video`)" in line
+
+
 def test_text_alone(hub_folder, capsys):
     asking.ask(str(hub_folder), "Hello?", max_new_tokens=4)
     assert capsys.readouterr().out.strip()
@@ -56,7 +103,7 @@ def test_text_alone(hub_folder, capsys):
     ("write", "message"),
     [
         (None, r"no such image: .*picture"),
-        (b"plain text", "not an image"),
+        (b"plain text", "not an image, and no video"),
         (encoded(picture((1, 2, 3), (64, 64)), "JPEG")[:400], "damaged"),
         ("folder", "is a folder"),
         ("pipe", "is a pipe, device or socket"),

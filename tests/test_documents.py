@@ -28,6 +28,7 @@ from modeling_delta_llava.conversion.verify import verify as verify_folder
 from modeling_delta_llava.finetuning.arguments import load_arguments
 from modeling_delta_llava.hub_cards import preflight
 from modeling_delta_llava.hub_cards.card import write_card
+from tests.clips import write_clip
 from tests.hub_cards.local_hub import LocalHub
 from tests.training_layout import (
     TrainingLayout,
@@ -55,6 +56,7 @@ NAMES = {
     "photo.jpg": "assets/cat.jpg",
     "thumbnail.jpg": "assets/cat.jpg, smaller",
     "page.png": "a white picture",
+    "clip.mp4": "a video of two seconds",
     "images": "three pictures",
     "captions.json": "rows about them, as LLaVA JSON",
     "mine.jsonl": "the same rows as JSONL",
@@ -139,6 +141,7 @@ def originals(tmp_path_factory) -> Path:
         for number in range(3):
             cat.rotate(90 * number).save(root / "images" / f"{number}.png")
     Image.new("RGB", (60, 80), "white").save(root / "page.png")
+    write_clip(root / "clip.mp4")
     said = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
     rows = [{"id": str(number), "image": f"{number}.png", "conversations": said} for number in range(3)]
     (root / "captions.json").write_text(json.dumps(rows), encoding="utf-8")

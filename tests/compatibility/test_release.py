@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
+from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments, pipeline
 
 from modeling_delta_llava import configuration_delta_llava as configuration
 from modeling_delta_llava.conversion.convert import convert
@@ -124,6 +124,24 @@ def test_remote_code(runs):
 def test_pipeline(runs):
     first, _ = runs
     assert first["answers"][0] != first["answers"][1]
+
+
+def test_videos(tmp_path):
+    pytest.importorskip("av")
+    from tests.clips import write_clip
+
+    config = tiny_config()
+    processor = tiny_processor(tmp_path, config)
+    pipe = pipeline("image-text-to-text", model=tiny_model(config), processor=processor)
+    content = [{"type": "video", "path": str(write_clip(tmp_path / "clip.mkv"))}, {"type": "text", "text": "What?"}]
+    messages = [{"role": "user", "content": content}]
+    options = {"max_new_tokens": 4, "processor_kwargs": {"num_visual_tokens": 1}}
+    answers = pipe(text=[messages, messages], num_frames=3, **options)
+    (same,) = pipe(text=processor.videos_as_images(messages, num_frames=3), **options)
+    assert [answer[0]["generated_text"][-1] for answer in answers] == [same["generated_text"][-1]] * 2
+    assert "Images 1 to 3 are frames of a video, at 0.0, 0.6, 1.3 seconds." in processor.apply_chat_template(
+        messages, processor_kwargs={"num_frames": 3}
+    )
 
 
 def test_save_and_load(runs):

@@ -509,6 +509,8 @@ def test_the_folder_is_complete(sources, tmp_path):
         "configuration_delta_llava.py",
         "modeling_delta_llava.py",
         "processing_delta_llava.py",
+        "projector_delta_llava.py",
+        "video_delta_llava.py",
         "model.safetensors",
         "training/record.json",
         "training/tokenizer.model",
