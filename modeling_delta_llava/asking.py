@@ -72,10 +72,6 @@ def open_image(source: str):
     Raises:
         UserError: there is none, or it is no regular file.
     """
-    from PIL import UnidentifiedImageError
-
-    from .processing_delta_llava import open_picture, rgb_picture
-
     if source.startswith(("http://", "https://")):
         content = download(source)
     elif os.path.isfile(source):
@@ -86,12 +82,34 @@ def open_image(source: str):
         raise UserError(f"{source} is a pipe, device or socket, not an image: save the picture in a file")
     else:
         raise UserError(f"no such image: {source}")
+    return decode_image(content, source)
+
+
+def decode_image(content: str | bytes, name: str, formats: Sequence[str] | None = None):
+    """A picture from a path or the bytes of a file, in the processor's view of it.
+
+    Args:
+        name: how messages call it.
+        formats: names of the file formats that may be decoded, as Pillow has them; by default all.
+
+    Raises:
+        UserError: it is no picture, damaged, or too large.
+    """
+    from PIL import UnidentifiedImageError
+
+    from .processing_delta_llava import open_picture, rgb_picture
+
     try:
-        return rgb_picture(open_picture(content))
+        image = open_picture(content)
+        if formats is not None and image.format not in formats:
+            raise UserError(f"{name} is a file of format {image.format}: send one of {', '.join(formats)}")
+        return rgb_picture(image)
+    except UserError:
+        raise
     except UnidentifiedImageError:
-        raise UserError(f"{source} is not an image that Pillow can read") from None
+        raise UserError(f"{name} is not an image that Pillow can read") from None
     except Exception as error:  # Pillow's decoders have no common class of error
-        raise UserError(f"{source} is damaged or too large ({reason(error)})") from error
+        raise UserError(f"{name} is damaged or too large ({reason(error)})") from error
 
 
 def model_folder(model: str, revision: str | None = None, weights: bool = True) -> Path:
