@@ -10,7 +10,7 @@ MAX_PICTURES = 32
 MAX_STOPS = 4
 
 
-class Refusal(UserError):
+class RequestError(UserError):
     """A request that cannot be answered, with the HTTP status and OpenAI's `param` and `code` of the answer to it."""
 
     def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None):
@@ -123,7 +123,7 @@ def read_request(body: bytes) -> ChatRequest:
     """The request in a body.
 
     Raises:
-        Refusal: it is no JSON, or a field is missing, unknown, or of a type or value that cannot be used.
+        RequestError: it is no JSON, or a field is missing, unknown, or of a type or value that cannot be used.
     """
     try:
         return ChatRequest.model_validate_json(body)
@@ -132,14 +132,14 @@ def read_request(body: bytes) -> ChatRequest:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(str(step) for step in first["loc"])
     message = printable(f"{where}: {first['msg']}".removeprefix(": "))
-    raise Refusal(message, param=str(first["loc"][0]) if first["loc"] else None)
+    raise RequestError(message, param=str(first["loc"][0]) if first["loc"] else None)
 
 
 def part_for_template(part: TextPart | ImagePart, pictures) -> dict:
     """A part of a message as chat templates and the processor take it.
 
     Args:
-        pictures: iterator over the decoded pictures of the request, which gives the next one to each part that shows one.
+        pictures: iterator over the decoded pictures of the request, one for each part that shows one.
     """
     if isinstance(part, ImagePart):
         return {"type": "image", "image": next(pictures)}

@@ -41,7 +41,7 @@ from ..building import check_chat_template
 from ..processing_delta_llava import DOWNLOAD_SECONDS, MAX_DOWNLOAD_BYTES
 from .answering import Answer, Ended
 from .pictures import FORMATS, read_picture
-from .reading import ChatRequest, Refusal, part_for_template, read_request
+from .reading import ChatRequest, RequestError, part_for_template, read_request
 
 KEY_VARIABLE = "DELTA_LLAVA_API_KEY"
 MAX_BODY_BYTES, BODY_SECONDS = 32 * 2**20, 60
@@ -57,7 +57,7 @@ def refused(request: Request, error: Exception) -> Response:
     """An error as OpenAI's clients read it: `{"error": {"message", "type", "param", "code"}}`."""
     status, param, code, kind = 400, None, None, "invalid_request_error"
     message = str(error)
-    if isinstance(error, Refusal):
+    if isinstance(error, RequestError):
         status, param, code = error.status, error.param, error.code
     elif isinstance(error, HTTPException):
         status, message = error.status_code, f"{error.detail}: {request.method} {printable(request.url.path)}"
@@ -141,7 +141,7 @@ class Service:
         asked = read_request(await self._body(request))
         if asked.model != self.name:
             message = f"no model {printable(asked.model)!r} here: this server has {self.name!r}"
-            raise Refusal(message, 404, param="model", code="model_not_found")
+            raise RequestError(message, 404, param="model", code="model_not_found")
         limit = self._limit(asked)
         pictures = await self._fetch(asked.addresses)
         loop = asyncio.get_running_loop()
@@ -159,7 +159,7 @@ class Service:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.key.encode()):
-            raise Refusal("no valid API key: send it as `Authorization: Bearer KEY`", 401, code="invalid_api_key")
+            raise RequestError("no valid API key: send it as `Authorization: Bearer KEY`", 401, code="invalid_api_key")
 
     async def _body(self, request: Request) -> bytes:
         """The body, within limits of size and time. One that is too large is read to its end, and forgotten."""
@@ -171,9 +171,9 @@ class Service:
                     if size <= MAX_BODY_BYTES:
                         body += piece
         except TimeoutError:
-            raise Refusal(f"the request was not complete after {BODY_SECONDS} seconds", 408) from None
+            raise RequestError(f"the request was not complete after {BODY_SECONDS} seconds", 408) from None
         if size > MAX_BODY_BYTES:
-            raise Refusal(f"the request has {size:,} bytes, and may have {MAX_BODY_BYTES:,}", 413)
+            raise RequestError(f"the request has {size:,} bytes, and may have {MAX_BODY_BYTES:,}", 413)
         return bytes(body)
 
     def _limit(self, asked: ChatRequest) -> int | None:
@@ -181,10 +181,10 @@ class Service:
         limit = asked.max_tokens or asked.max_completion_tokens
         if limit is not None and limit > self.max_new_tokens:
             message = f"max_tokens is {limit}, and this server's answers have {self.max_new_tokens} tokens at most"
-            raise Refusal(message, param="max_tokens")
+            raise RequestError(message, param="max_tokens")
         if asked.characters > CHARACTERS_PER_TOKEN * self.context:
             message = f"the text has {asked.characters:,} characters, and the model reads {self.context:,} tokens"
-            raise Refusal(message, param="messages", code="context_length_exceeded")
+            raise RequestError(message, param="messages", code="context_length_exceeded")
         return limit
 
     def _room(self, prompt_tokens: int, asked: ChatRequest, limit: int | None) -> int:
@@ -196,7 +196,7 @@ class Service:
                 f"the prompt has {prompt_tokens:,} tokens{answer}; the model has room for {self.context:,} in all: "
                 "shorten the text, show fewer pictures, or give a smaller num_visual_tokens"
             )
-            raise Refusal(message, param="messages", code="context_length_exceeded")
+            raise RequestError(message, param="messages", code="context_length_exceeded")
         return limit or min(room, self.max_new_tokens)
 
     async def _fetch(self, addresses: list[str]) -> list[bytes]:
@@ -208,10 +208,10 @@ class Service:
                     files.append(await in_thread(read_picture, address, self.allowed))
                     size += len(files[-1])
                     if size > MAX_DOWNLOAD_BYTES:
-                        raise Refusal(f"the pictures have more than {MAX_DOWNLOAD_BYTES:,} bytes together", 413)
+                        raise RequestError(f"the pictures have more than {MAX_DOWNLOAD_BYTES:,} bytes together", 413)
         except TimeoutError:
             address = printable(addresses[len(files)], 100)
-            raise Refusal(f"{address} was not there after {DOWNLOAD_SECONDS} seconds", param="messages") from None
+            raise RequestError(f"{address} was not there after {DOWNLOAD_SECONDS} seconds", param="messages") from None
         return files
 
     def _prepare(self, asked: ChatRequest, files: list[bytes]):
