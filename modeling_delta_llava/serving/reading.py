@@ -131,7 +131,8 @@ def read_request(body: bytes) -> ChatRequest:
         # What was sent stays out of the message: it may be megabytes of a picture.
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(str(step) for step in first["loc"])
-    message = printable(f"{where}: {first['msg']}".removeprefix(": "))
+    problem = "this server has no such field" if first["type"] == "extra_forbidden" else first["msg"]
+    message = printable(f"{where}: {problem.removeprefix('Value error, ')}".removeprefix(": "))
     raise RequestError(message, param=str(first["loc"][0]) if first["loc"] else None)
 
 
