@@ -1,7 +1,7 @@
 """One answer while it is generated: text for those who wait for it, and a reason to stop."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
 import torch
 from transformers import StoppingCriteria
@@ -15,18 +15,26 @@ class Answer(BaseStreamer):
     """
     Takes the tokens of one sequence from `generate`, in its thread, and gives text to the event loop it was made in.
 
-    Text is handed on once no later token can change it: not the bytes of half a character, and nothing that may turn
-    out to be the beginning of a stop string. All pieces together are what the tokenizer makes of all tokens at once,
-    up to the first stop string.
+    Text is handed on once no later token can change it: not half a character, no bytes behind which more bytes may come
+    (sentencepiece's decoder shows all of a row as broken if one is), and nothing that may turn out to be the beginning
+    of a stop string. All pieces together are what the tokenizer makes of all tokens at once, up to the first stop
+    string.
 
     Args:
         decode: gives the text of a list of token ids.
         stops: strings that end the answer and are no part of it.
         end_ids: token ids that end the answer.
+        byte_ids: token ids that stand for single bytes.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], stops: Sequence[str] = (), end_ids: Sequence[int] = ()):
-        self.decode, self.stops, self.end_ids = decode, stops, end_ids
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        stops: Sequence[str] = (),
+        end_ids: Collection[int] = (),
+        byte_ids: Collection[int] = (),
+    ):
+        self.decode, self.stops, self.end_ids, self.byte_ids = decode, stops, end_ids, byte_ids
         self.ids: list[int] = []
         self.stopped = False  # by a stop string
         self.abandoned = False  # by those who waited for it
@@ -44,8 +52,9 @@ class Answer(BaseStreamer):
         ends = [self._text.index(stop) for stop in self.stops if stop in self._text]
         if ends:
             self._text, self.stopped = self._text[: min(ends)], True
-        final = len(self._text) - max((len(stop) - 1 for stop in self.stops), default=0)
-        self._send(min(final, len(self._text.rstrip(INCOMPLETE))))
+        if self.ids[-1] not in self.byte_ids:
+            held = max((len(stop) - 1 for stop in self.stops), default=0)
+            self._send(min(len(self._text) - held, len(self._text.rstrip(INCOMPLETE))))
 
     def end(self) -> None:
         """Hands on what was held back; `generate` calls it behind the last token."""

@@ -109,6 +109,8 @@ class Service:
         self.context = network.config.get_text_config().max_position_embeddings
         ends = network.generation_config.eos_token_id
         self.end_ids = ends if isinstance(ends, list) else [ends]
+        vocabulary = processor.tokenizer.get_vocab()
+        self.byte_ids = {vocabulary.get(f"<0x{byte:02X}>") for byte in range(256)}
         self.started = int(time.time())
         # One thread each: requests are prepared and answered in the order in which they came.
         self.preparing = concurrent.futures.ThreadPoolExecutor(1, "preparing")
@@ -148,7 +150,7 @@ class Service:
         inputs = await loop.run_in_executor(self.preparing, self._prepare, asked, pictures)
         prompt_tokens = inputs["input_ids"].shape[1]
         limit = self._room(prompt_tokens, asked, limit)
-        answer = Answer(self._decode, asked.stop, self.end_ids)
+        answer = Answer(self._decode, asked.stop, self.end_ids, self.byte_ids)
         self.answering.submit(self._generate, answer, inputs, asked, limit)
         if asked.stream:
             return StreamingResponse(self._events(asked, answer, prompt_tokens), media_type="text/event-stream")
