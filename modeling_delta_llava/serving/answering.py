@@ -15,10 +15,10 @@ class Answer(BaseStreamer):
     """
     Takes the tokens of one sequence from `generate`, in its thread, and gives text to the event loop it was made in.
 
-    Text is handed on once no later token can change it: not half a character, no bytes behind which more bytes may come
-    (sentencepiece's decoder shows all of a row as broken if one is), and nothing that may turn out to be the beginning
-    of a stop string. All pieces together are what the tokenizer makes of all tokens at once, up to the first stop
-    string.
+    Text is handed on once no later token can change it: not half a character, no bytes behind which more bytes may
+    come (sentencepiece's decoder shows all of a row as broken if one is), and nothing that may turn out to be the
+    beginning of a stop string. All pieces together are what the tokenizer makes of all tokens at once, up to the first
+    stop string.
 
     Args:
         decode: gives the text of a list of token ids.
