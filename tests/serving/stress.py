@@ -162,7 +162,7 @@ def main() -> int:
         f"a good answer took {statistics.median(clients.waited):.2f} s (median), {max(clients.waited):.2f} s at most"
     )
     print("memory, MiB, medians of three thirds:", *(f"{size / 2**20:.0f}" for size in (first, middle, last)))
-    print(f"exit status {server.process.returncode}; {len(lines)} lines in the log", *lines[:5], sep="\n")
+    print(f"exit status {server.process.returncode}; lines in the log:", *collections.Counter(lines).most_common(5))
     print(f"{len(clients.wrong)} wrong", *clients.wrong[:10], sep="\n")
     return int(bool(clients.wrong) or server.process.returncode != 0 or last - first > FLAT_BYTES)
 
