@@ -1,6 +1,7 @@
 """Pictures that a request names: where they may come from, and how they are fetched."""
 
 import base64
+import functools
 import http.client
 import ipaddress
 import socket
@@ -56,25 +57,28 @@ class _PublicConnection(http.client.HTTPConnection):
 class _PublicTLSConnection(http.client.HTTPSConnection):
     def connect(self):
         plain = connect(self.host, self.port, self.timeout)
-        self.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=self.host)
+        self.sock = tls_context().wrap_socket(plain, server_hostname=self.host)
 
 
-class _PublicHTTPHandler(urllib.request.HTTPHandler):
+@functools.cache
+def tls_context() -> ssl.SSLContext:
+    """One for all connections: reading the machine's certificates takes tens of milliseconds and half a megabyte."""
+    return ssl.create_default_context()
+
+
+class _PublicHandler(urllib.request.HTTPHandler):
+    https_request = urllib.request.HTTPHandler.http_request
+
     def http_open(self, request):
         return self.do_open(_PublicConnection, request)
 
-
-class _PublicHTTPSHandler(urllib.request.HTTPSHandler):
     def https_open(self, request):
-        return self.do_open(_PublicTLSConnection, request)
+        return self.do_open(_PublicTLSConnection, request, context=tls_context())
 
 
-# Every hop of a redirection is opened by these. A proxy would connect to what was not looked at: none is asked.
+# Every hop of a redirection is opened by this. A proxy would connect to what was not looked at: none is asked.
 REPLACED = (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
-PUBLIC_HANDLERS = (
-    *(handler for handler in DOWNLOAD_HANDLERS if handler not in REPLACED),
-    *(_PublicHTTPHandler, _PublicHTTPSHandler),
-)
+PUBLIC_HANDLERS = (*(handler for handler in DOWNLOAD_HANDLERS if handler not in REPLACED), _PublicHandler)
 
 
 def read_picture(address: str, allowed: Path | None) -> bytes:
