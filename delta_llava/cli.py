@@ -124,6 +124,32 @@ def ask(
     )
 
 
+@app.command(rich_help_panel=USE)
+def serve(
+    model: Annotated[str, typer.Argument(help="Hub folder or id.")],
+    host: Annotated[str, typer.Option(help="Address of this machine to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="How requests call the model; by default as MODEL.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a MODEL on the Hub.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of a request, in tokens.")] = 1024,
+    allow_local_media: Annotated[
+        Path | None, typer.Option(help="Folder whose pictures requests may name by path; by default none.")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with the key that requests must bring, or set DELTA_LLAVA_API_KEY.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (as saved), bfloat16, float16 or float32.")] = "auto",
+) -> None:
+    """Answer the requests of OpenAI's clients (/v1/chat/completions), one by one."""
+    from modeling_delta_llava.serving.server import serve as serve_model
+
+    serve_model(
+        *(model, host, port, name, revision, max_new_tokens, allow_local_media, api_key_file, device, dtype),
+        say=lambda line: typer.echo(line, err=True),
+    )
+
+
 @app.command(rich_help_panel=CONVERT)
 def convert(
     source: Annotated[str, typer.Argument(help="Folder that training wrote, or a Hub id.")],

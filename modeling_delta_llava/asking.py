@@ -79,23 +79,30 @@ def located(source: str) -> str | bytes:
     raise UserError(f"no such image: {source}")
 
 
-def decoded(content: str | bytes, source: str):
-    """What `located` found, as a picture in the processor's view of it.
+def decoded(content: str | bytes, name: str, formats: Sequence[str] | None = None):
+    """A picture from a path or the bytes of a file, in the processor's view of it.
+
+    Args:
+        name: how messages call it.
+        formats: names of the file formats that may be decoded, as Pillow has them; by default all.
 
     Raises:
         PIL.UnidentifiedImageError: it is no picture.
-        UserError: it is one that cannot be used.
+        UserError: it is one that cannot be used: damaged, too large, or of another format.
     """
     from PIL import UnidentifiedImageError
 
     from .processing_delta_llava import open_picture, rgb_picture
 
     try:
-        return rgb_picture(open_picture(content))
-    except UnidentifiedImageError:
+        image = open_picture(content)
+        if formats is not None and image.format not in formats:
+            raise UserError(f"{name} is a file of format {image.format}: send one of {', '.join(formats)}")
+        return rgb_picture(image)
+    except (UnidentifiedImageError, UserError):
         raise
     except Exception as error:  # Pillow's decoders have no common class of error
-        raise UserError(f"{source} is damaged or too large ({reason(error)})") from error
+        raise UserError(f"{name} is damaged or too large ({reason(error)})") from error
 
 
 def open_image(source: str):
@@ -104,12 +111,21 @@ def open_image(source: str):
     Raises:
         UserError: there is none, or it is no regular file.
     """
+    return decode_image(located(source), source)
+
+
+def decode_image(content: str | bytes, name: str, formats: Sequence[str] | None = None):
+    """As [`decoded`], for what must be a picture.
+
+    Raises:
+        UserError: it is no picture, or one that cannot be used.
+    """
     from PIL import UnidentifiedImageError
 
     try:
-        return decoded(located(source), source)
+        return decoded(content, name, formats)
     except UnidentifiedImageError:
-        raise UserError(f"{source} is not an image that Pillow can read") from None
+        raise UserError(f"{name} is not an image that Pillow can read") from None
 
 
 def open_parts(sources: Sequence[str], num_frames: int | None = None) -> list[dict]:

@@ -45,14 +45,14 @@ class DeltaLlavaProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": False}}
 
 
-def download_picture(address: str) -> bytes:
-    """What an http(s) address holds.
+def download_picture(address: str, handlers: tuple = DOWNLOAD_HANDLERS) -> bytes:
+    """What an http(s) address holds, fetched by classes of `urllib.request` handlers.
 
     Raises:
         OSError, ValueError: it cannot be fetched, or not within [`DOWNLOAD_SECONDS`] and [`MAX_DOWNLOAD_BYTES`].
     """
     opener = urllib.request.OpenerDirector()
-    for handler in DOWNLOAD_HANDLERS:
+    for handler in handlers:
         opener.add_handler(handler())
     content, end = bytearray(), time.monotonic() + DOWNLOAD_SECONDS
     request = urllib.request.Request(address, headers={"User-Agent": "delta-llava"})
@@ -107,7 +107,7 @@ def rgb_picture(image: Image.Image) -> Image.Image:
     """
     if min(image.size) == 0:
         raise ValueError(f"it is {image.width} x {image.height} pixels")
-    if getattr(image, "n_frames", 1) > 1:
+    if getattr(image, "is_animated", False):  # counting the frames would read the whole file
         logger.warning_once("An animated image was given: its current frame is used.")
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)

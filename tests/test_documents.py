@@ -13,10 +13,13 @@ import re
 import shlex
 import shutil
 import sys
+import threading
+import time
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+import uvicorn
 from huggingface_hub import constants
 from PIL import Image
 from transformers import dynamic_module_utils
@@ -202,7 +205,31 @@ def check_options(words: list[str], capsys) -> None:
         assert {word for word in arguments if word.startswith("--")} <= options_of(command, capsys)
 
 
-def run_command(command: str, capsys) -> None:
+@pytest.fixture
+def servers(monkeypatch):
+    """The servers that a page starts, which run in threads until its end."""
+    started, threads = [], []
+
+    class Server(uvicorn.Server):
+        def __init__(self, config):
+            super().__init__(config)
+            started.append(self)
+
+    def start(arguments: list[str]) -> None:
+        threads.append(threading.Thread(target=cli.main, args=(arguments,), daemon=True))
+        threads[-1].start()
+        while len(started) < len(threads) or not started[-1].started:
+            assert threads[-1].is_alive(), arguments
+            time.sleep(0.1)
+
+    monkeypatch.setattr(uvicorn, "Server", Server)
+    yield start
+    for server, thread in zip(started, threads, strict=True):
+        server.should_exit = True
+        thread.join(30)
+
+
+def run_command(command: str, capsys, servers) -> None:
     words = shlex.split(command, comments=True)
     if words[0] == "make":
         assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -214,6 +241,9 @@ def run_command(command: str, capsys) -> None:
     if why_not_run(command):
         return
     assert words[0] == "delta-llava", f"{command}: neither a command of ours nor listed in NOT_RUN"
+    if words[1] == "serve":
+        servers(words[1:])
+        return
     added = [] if "--help" in words else ADDED.get(words[1], [])
     assert cli.main([*words[1:], *added]) == 0, command
 
@@ -224,14 +254,14 @@ def run_command(command: str, capsys) -> None:
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
 @pytest.mark.parametrize("page", [*filter(shows_something, PAGES)], ids=lambda page: page.stem)
-def test_what_a_page_shows_runs(page, place, capsys):
+def test_what_a_page_shows_runs(page, place, servers, capsys):
     if "convert CHECKPOINT FOLDER" in page.read_text(encoding="utf-8"):
         shutil.rmtree(place / "FOLDER")
     variables = {"__name__": "__main__"}
     for number, (language, text) in enumerate(blocks(page)):
         if language == "bash":
             for command in commands(text):
-                run_command(command, capsys)
+                run_command(command, capsys, servers)
         elif language == "python":
             needed = {name for mark, name in NEEDS.items() if mark in text}
             if all(importlib.util.find_spec(name) for name in needed):
