@@ -28,6 +28,8 @@ def vllm_server(
 ) -> Iterator[str]:
     """Runs `vllm serve FOLDER` on a free port until the block ends; gives its address.
 
+    The module is what that command starts: of the CPU build, whose package has another name, the command itself fails.
+
     Args:
         python: Python of an environment with vLLM.
         folder: what to serve; its path is the model's name in requests.
@@ -43,11 +45,10 @@ def vllm_server(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    command = [str(Path(python).parent / "vllm"), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--host", "127.0.0.1", "--port", str(port), *options]
     with log.open("w") as stream:
-        process = subprocess.Popen(
-            [*command, *options], stdout=stream, stderr=stream, env=environment(**variables), cwd=log.parent
-        )
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment(**variables), cwd=log.parent)
         try:
             end = time.monotonic() + seconds
             while not answers(address):
