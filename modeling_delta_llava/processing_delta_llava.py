@@ -206,7 +206,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
         self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
-    # The annotation is for vLLM: what it does not find there, such as a list of budgets, it gives to `from_pretrained`.
+    # vLLM reads a call's options off the annotation; what it does not find there, it gives to `from_pretrained`.
     def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs: Unpack[DeltaLlavaProcessorKwargs]):
         return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
 

@@ -18,8 +18,9 @@ ENVIRONMENT = {
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Variables for a process of vLLM's environment: nothing of this one's packages, nothing from the network."""
-    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | ENVIRONMENT | more
+    """Variables for a process of vLLM's environment: not this one's packages and threads, nothing from the network."""
+    ours = ("PYTHONPATH", "OMP_NUM_THREADS")
+    return {name: value for name, value in os.environ.items() if name not in ours} | ENVIRONMENT | more
 
 
 @contextlib.contextmanager
