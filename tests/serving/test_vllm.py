@@ -333,7 +333,8 @@ def test_local_files_stay_closed(folder, server):
 
 def block(language: str, holds: str) -> str:
     """The block of docs/serving.md that holds something."""
-    (found,) = [text for text in re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.M | re.S) if holds in text]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    (found,) = [text for name, text in blocks if name == language and holds in text]
     return found
 
 
