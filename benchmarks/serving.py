@@ -1,7 +1,7 @@
 """Requests/s of a vLLM server, against native LLaVA-1.5 around the same tower and language model.
 
 Two folders with the same random weights of tower and language model are served by one vLLM through its Transformers
-back end, in bfloat16: native LLaVA at its 576 visual tokens, and Delta-LLaVA, whose requests each name a budget. Both
+back end: native LLaVA at its 576 visual tokens, and Delta-LLaVA, whose requests each name a budget. Both
 servers stay up, and take turns round by round; only one is asked at a time, by 8 clients at once. Every request has a
 picture of its own, so that no cache helps, and gets an answer of the same length. Reported are medians over rounds of
 
@@ -168,7 +168,14 @@ def run(arguments: argparse.Namespace) -> dict:
     generator = np.random.default_rng(arguments.seed)
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         config, ours, native = write_folders(Path(scratch))
-        options = ["--trust-remote-code", "--model-impl", "transformers", "--enforce-eager", "--dtype", "bfloat16"]
+        options = [
+            "--trust-remote-code",
+            "--model-impl",
+            "transformers",
+            "--enforce-eager",
+            "--dtype",
+            arguments.dtype,
+        ]
         options += ["--max-model-len", "2048", "--limit-mm-per-prompt", '{"image": 1}', "--trust-request-mm-kwargs"]
         addresses = [
             stack.enter_context(
@@ -247,11 +254,17 @@ def main():
         "--vllm", default=os.environ.get("DELTA_LLAVA_VLLM_PYTHON", ".venv-vllm/bin/python"), help="Python with vLLM"
     )
     arguments_parser.add_argument("--budgets", nargs="+", type=int, default=[576, 144, 36, 1])
+    arguments_parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     arguments_parser.add_argument("--requests", type=int, default=24, help="requests of a model in a round")
     arguments_parser.add_argument("--concurrency", type=int, default=8, help="requests at once")
     arguments_parser.add_argument("--new-tokens", type=int, default=16)
     arguments_parser.add_argument(
-        "--image-size", nargs=2, type=int, default=[640, 480], metavar=("WIDTH", "HEIGHT"), help="of the pictures"
+        "--image-size",
+        nargs=2,
+        type=int,
+        default=[336, 336],
+        metavar=("WIDTH", "HEIGHT"),
+        help="of the pictures; larger ones cost preparation, the same for both",
     )
     arguments = arguments_parser.parse_args()
     arguments.vllm = str(Path(arguments.vllm).absolute())
