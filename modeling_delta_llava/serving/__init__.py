@@ -1,0 +1,1 @@
+"""Delta-LLaVA for people and programs that ask over a network."""
