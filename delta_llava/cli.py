@@ -130,10 +130,12 @@ def show_app(
     dtype: Annotated[str, typer.Option(help="auto (as saved), bfloat16, float16 or float32.")] = "auto",
 ) -> None:
     """Open a page on this machine to chat with a model about pictures."""
+    from functools import partial
+
     from modeling_delta_llava.evaluation.explain import draw_explanations
     from modeling_delta_llava.serving.app import run_app
 
-    run_app(model, draw_explanations, revision, device, dtype, host, port)
+    run_app(model, partial(draw_explanations, hirescam=True), revision, device, dtype, host, port)
 
 
 @app.command(rich_help_panel=CONVERT)

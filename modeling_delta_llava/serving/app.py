@@ -4,6 +4,7 @@ A conversation lives on the server, as `Turn`s in the state of its browser sessi
 alone. Questions of all users wait in one queue, since one model answers them one after the other.
 """
 
+import contextlib
 import html
 import os
 import socket
@@ -75,6 +76,8 @@ def messages(turns: list[Turn]) -> list[dict]:
 
 def shown(turns: list[Turn]) -> list[dict]:
     """The conversation for Gradio's chat."""
+    import gradio as gr
+
     conversation = []
     for turn in turns:
         pictures = [{"path": path} for path in turn.pictures]
@@ -84,7 +87,7 @@ def shown(turns: list[Turn]) -> list[dict]:
         if turn.problem:
             conversation.append({"role": "assistant", "content": f"⚠️ {turn.problem}"})
         if turn.note:
-            conversation.append({"role": "assistant", "content": "", "metadata": {"title": turn.note}})
+            conversation.append({"role": "assistant", "content": gr.HTML(f"<span class=note>{turn.note}</span>")})
     return conversation
 
 
@@ -126,6 +129,16 @@ def describe(visual_tokens: int, first: float, tokens: int, seconds: float) -> s
     return " · ".join(parts)
 
 
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Tells what the processor or the model raises as a `UserError`."""
+    with told("the model cannot answer", "ask in another way, or start a new conversation"):
+        try:
+            yield
+        except ValueError as error:  # says what to mend in the question, the pictures or the budget
+            raise UserError(reason(error)) from error
+
+
 class Pace(StoppingCriteria):
     """Stops `generate` when told to, and takes the time of its first and its last token."""
 
@@ -161,47 +174,50 @@ def stream(network, processor, turns: list[Turn], num_visual_tokens: int, max_ne
             if part["type"] == "image":
                 part["image"] = opened(part["image"])
     has_pictures = any(turn.pictures for turn in turns)
+    with explained():
+        inputs = processor.apply_chat_template(
+            conversation,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"num_visual_tokens": num_visual_tokens} if has_pictures else {},
+        ).to(network.device)
     pace = Pace()
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with told("the model cannot answer", "ask in another way, or start a new conversation"):
+    answer = ""
+    with ThreadPoolExecutor(1) as pool:
+        generated = pool.submit(
+            network.generate,
+            **inputs,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+            stopping_criteria=[pace],
+        )
+        generated.add_done_callback(lambda _: streamer.end())  # after an error too
         try:
-            inputs = processor.apply_chat_template(
-                conversation,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"num_visual_tokens": num_visual_tokens} if has_pictures else {},
-            ).to(network.device)
-            with ThreadPoolExecutor(1) as pool:
-                generated = pool.submit(
-                    network.generate,
-                    **inputs,
-                    do_sample=False,
-                    max_new_tokens=max_new_tokens,
-                    streamer=streamer,
-                    stopping_criteria=[pace],
-                )
-                generated.add_done_callback(lambda _: streamer.end())  # after an error too
-                try:
-                    answer = ""
-                    for piece in streamer:
-                        answer += piece
-                        yield replace(turns[-1], answer=answer.strip())
-                    generated.result()
-                finally:
-                    pace.stopped.set()
-        except ValueError as error:  # says what to mend in the question, the pictures or the budget
-            raise UserError(reason(error)) from error
+            for piece in streamer:
+                answer += piece
+                yield replace(turns[-1], answer=answer.strip())
+        finally:
+            pace.stopped.set()
+        with explained():
+            generated.result()
     visual_tokens = int((inputs["input_ids"] == network.config.image_token_id).sum())
     note = describe(visual_tokens, pace.times[0] - start, len(pace.times), pace.times[-1] - pace.times[0])
     yield replace(turns[-1], answer=answer.strip() or "(no answer)", note=note)
 
 
 CSS = """
-.gradio-container { max-width: 1280px !important; margin: 0 auto; }
-#title p { color: var(--body-text-color-subdued); margin-top: 0; }
-footer { display: none !important; }
+.gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
+#title p, #chat .note { color: var(--body-text-color-subdued); }
+#title p { margin-top: 0; }
+#chat { height: calc(100vh - 230px) !important; min-height: 380px; }
+#chat .note { font-size: var(--text-sm); }
+#chat .placeholder { text-align: center; padding: 1rem; }
+#chat [aria-label="Share"], footer { display: none !important; }
+@media (max-width: 640px) { .gradio-container .main.fillable { padding: 12px !important; } }
 """
 EMPTY = "### Show a picture and ask about it\nDrop pictures into the line below, or click the paper clip."
 
@@ -266,17 +282,22 @@ def build_page(network, processor, name: str, explain: Callable | None = None):
         return [], [], gr.Image(None, visible=False)
 
     with gr.Blocks(
-        title=f"{name} · Delta-LLaVA", fill_height=True, analytics_enabled=False, delete_cache=CACHE
+        title=f"{name} · Delta-LLaVA", fill_height=True, fill_width=True, analytics_enabled=False, delete_cache=CACHE
     ) as page:
         turns = gr.State([])
         gr.Markdown(
             f"# Delta-LLaVA\n{name} on {network.device.type}, {network.dtype}".replace("torch.", ""), elem_id="title"
         )
         with gr.Row():
-            with gr.Column(scale=3, min_width=320):
+            with gr.Column(scale=2, min_width=320):
                 # Plain text: an answer that is rendered could make the browser fetch what it names.
                 chat = gr.Chatbot(
-                    show_label=False, render_markdown=False, height="62vh", placeholder=EMPTY, feedback_options=None
+                    show_label=False,
+                    render_markdown=False,
+                    placeholder=EMPTY,
+                    feedback_options=None,
+                    buttons=["copy"],
+                    elem_id="chat",
                 )
                 box = gr.MultimodalTextbox(
                     show_label=False,
@@ -287,7 +308,7 @@ def build_page(network, processor, name: str, explain: Callable | None = None):
                     stop_btn=False,
                     elem_id="question",
                 )
-            with gr.Column(scale=1, min_width=280):
+            with gr.Column(scale=1, min_width=320):
                 budget = gr.Radio(
                     budgets,
                     value=network.config.num_visual_tokens,
@@ -295,10 +316,17 @@ def build_page(network, processor, name: str, explain: Callable | None = None):
                     info=f"Trained at {', '.join(map(str, trained))}." if trained else "Fewer are faster.",
                     elem_id="budget",
                 )
-                longest = gr.Slider(1, 1024, value=256, step=1, label="Longest answer, in tokens")
+                longest = gr.Slider(1, 1024, value=256, step=1, label="Longest answer", info="In tokens.")
                 if explain is not None:
                     look = gr.Button("Where did it look?", elem_id="look")
-                    sheet = gr.Image(visible=False, format="png", interactive=False, show_label=False, elem_id="sheet")
+                    sheet = gr.Image(
+                        visible=False,
+                        format="png",
+                        interactive=False,
+                        show_label=False,
+                        buttons=["fullscreen", "download"],
+                        elem_id="sheet",
+                    )
         asking = (answer, [turns, budget, longest], [turns, chat])
         taken = {"queue": False, "show_progress": "hidden"}
         asked = box.submit(take, [box, turns], [box, turns, chat], **taken).then(*asking, **model_queue)
@@ -360,9 +388,9 @@ def run_app(
         os.environ["GRADIO_TEMP_DIR"] = uploads
         import gradio as gr
 
-        theme = gr.themes.Soft(
+        theme = gr.themes.Default(
             primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-        )
+        ).set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")
         print(f"serving {model} at http://{host}:{port} (stop with Ctrl-C)", flush=True)
         with told(f"{model} cannot be served at port {port}", "give another --port"):
             build_page(network, processor, Path(model).name, explain).launch(
