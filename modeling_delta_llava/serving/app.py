@@ -316,7 +316,9 @@ def build_page(network, processor, name: str, explain: Callable | None = None):
                     info=f"Trained at {', '.join(map(str, trained))}." if trained else "Fewer are faster.",
                     elem_id="budget",
                 )
-                longest = gr.Slider(1, 1024, value=256, step=1, label="Longest answer", info="In tokens.")
+                longest = gr.Slider(
+                    1, 1024, value=256, step=1, label="Longest answer", info="In tokens.", elem_id="longest"
+                )
                 if explain is not None:
                     look = gr.Button("Where did it look?", elem_id="look")
                     sheet = gr.Image(

@@ -82,8 +82,8 @@ def generated(network, processor, conversation, budget: int, max_new_tokens: int
 @pytest.mark.parametrize("budget", [16, 4, 1])
 def test_stream_ends_with_the_answer_of_generate(network, processor, pictures, budget):
     turns = [Turn("One?", (pictures[0],), "first"), Turn("Two?", tuple(pictures))]
-    streamed = [*app.stream(network, processor, turns, budget, 12)]
-    assert streamed[-1].answer == generated(network, processor, app.messages(turns), budget, 12)
+    streamed = [*app.stream(network, processor, turns, budget, 80)]
+    assert streamed[-1].answer == generated(network, processor, app.messages(turns), budget, 80)
     assert streamed[-1].note.startswith(f"{3 * budget} visual tokens · ")
     assert "tokens/s" in streamed[-1].note
     assert all(streamed[-1].answer.startswith(turn.answer) for turn in streamed[:-1])
