@@ -110,6 +110,11 @@ class Page:
         (label,) = [label for label in self.find("#budget label") if label.text.strip() == str(budget)]
         label.click()
 
+    def set_longest(self, tokens: int):
+        (line,) = self.find("#longest input[type=number]")
+        script = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))"
+        self.driver.execute_script(script, line, tokens)
+
     def scrolls_sideways(self) -> bool:
         root = "document.documentElement"
         return self.driver.execute_script(f"return {root}.scrollWidth > {root}.clientWidth")

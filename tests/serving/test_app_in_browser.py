@@ -4,6 +4,7 @@ Opt-in: `make test-app`, which makes an environment with Gradio and selenium. Ch
 system (Debian: `apt-get install chromium chromium-driver`).
 """
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests import tiny  # noqa: E402
 from tests.serving.browser import NARROW, WIDE, Page, served  # noqa: E402
 
 CAT = Path(__file__).parents[2] / "assets" / "cat.jpg"
+LONGEST = 32  # tokens of most answers
 NOTE = r"(\d+) visual tokens? · \d+\.\d\d s to first token · \d+\.\d tokens/s"
 
 
@@ -47,6 +49,7 @@ def open_page(server):
 
     def opened(size=WIDE) -> Page:
         pages.append(Page(server[0], size))
+        pages[-1].set_longest(LONGEST)
         return pages[-1]
 
     yield opened
@@ -76,7 +79,7 @@ def generated(folder):
             processor_kwargs={"num_visual_tokens": budget},
         )
         with torch.inference_mode():
-            output = model.generate(**inputs, do_sample=False, max_new_tokens=256)
+            output = model.generate(**inputs, do_sample=False, max_new_tokens=LONGEST)
         return processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     return answer
@@ -160,17 +163,13 @@ def test_clearing_starts_a_new_conversation(page):
 def works(process: psutil.Process) -> bool:
     """Whether a process computes during half a second."""
     before = process.cpu_times().user
-    try:
+    with contextlib.suppress(psutil.TimeoutExpired):
         process.wait(0.5)
-    except psutil.TimeoutExpired:
-        pass
     return process.cpu_times().user - before > 0.2
 
 
 def start_a_long_answer(page: Page):
-    page.driver.execute_script("window.confirm = () => true")
-    (line,) = page.find("#longest input[type=number]")
-    page.driver.execute_script("arguments[0].value = 1024; arguments[0].dispatchEvent(new Event('input'))", line)
+    page.set_longest(1024)
     page.send("What is it?", CAT)
     page.until(lambda: page.answers() and len(page.answers()[-1]) > 20)
 
@@ -182,6 +181,7 @@ def test_the_stop_button_stops_the_model(page, server, generated):
     page.until(page.is_ready)
     page.until(lambda: not works(server[1]), 5)
     assert "tokens/s" not in page.answers()[-1]
+    page.set_longest(LONGEST)
     assert parts(page.ask("And this?"))[1] == 4
 
 
