@@ -6,7 +6,9 @@ alone. Questions of all users wait in one queue, since one model answers them on
 
 import contextlib
 import html
+import json
 import os
+import signal
 import socket
 import tempfile
 import threading
@@ -31,7 +33,8 @@ MAX_FILE_SIZE = "20mb"
 MAX_PICTURES = 16
 MAX_QUESTION = 20_000  # characters
 MAX_WAITING = 64
-MAX_SESSIONS = 1000
+MAX_SESSIONS = 256
+MAX_REQUEST = 1_000_000  # bytes, of what is no upload
 # Uploaded pictures and sheets are looked through this often, and deleted at this age; both in seconds.
 CACHE = (600, 7200)
 
@@ -209,6 +212,47 @@ def stream(network, processor, turns: list[Turn], num_visual_tokens: int, max_ne
     yield replace(turns[-1], answer=answer.strip() or "(no answer)", note=note)
 
 
+def names_an_address(body: bytes) -> bool:
+    """Whether a request's JSON gives an address as a file, which Gradio would download whole.
+
+    Raises:
+        ValueError, RecursionError: it is no JSON.
+    """
+    found = []
+    json.loads(body, object_hook=lambda entry: found.append(str(entry.get("path")).startswith(("http:", "https:"))))
+    return any(found)
+
+
+class Bounded:
+    """ASGI middleware: refuses requests that are large, or have files fetched; `max_file_size` bounds uploads."""
+
+    def __init__(self, app: Callable):
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable):
+        from starlette.requests import Request
+        from starlette.responses import PlainTextResponse
+
+        if scope["type"] != "http" or Request(scope).headers.get("content-type", "").startswith("multipart/form-data"):
+            return await self.app(scope, receive, send)
+        body = bytearray()
+        async for chunk in Request(scope, receive).stream():
+            body += chunk
+            if len(body) > MAX_REQUEST:
+                return await PlainTextResponse("the request is too large", 413)(scope, receive, send)
+        try:
+            if body and names_an_address(body):
+                return await PlainTextResponse("send the picture, not its address", 400)(scope, receive, send)
+        except (ValueError, RecursionError):
+            return await PlainTextResponse("the request is no JSON", 400)(scope, receive, send)
+        waiting = [{"type": "http.request", "body": bytes(body)}]
+
+        async def again() -> dict:
+            return waiting.pop() if waiting else await receive()
+
+        return await self.app(scope, again, send)
+
+
 CSS = """
 .gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
 #title p, #chat .note { color: var(--body-text-color-subdued); }
@@ -384,11 +428,14 @@ def run_app(
     if network.config.model_type != "delta_llava":
         raise UserError(f"{model} is of type {network.config.model_type}: only a Delta-LLaVA has budgets to choose")
     check_chat_template(processor, model, messages([Turn("A question?", ("",), "An answer."), Turn("Another?")]))
+    # As Ctrl-C does: the page is closed, and what was uploaded deleted.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Read when Gradio is imported: it reports nothing, and keeps what is uploaded in a folder that goes with the app.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with tempfile.TemporaryDirectory(prefix="delta-llava-app-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
         import gradio as gr
+        from starlette.middleware import Middleware
 
         theme = gr.themes.Default(
             primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
@@ -405,6 +452,7 @@ def run_app(
                 state_session_capacity=MAX_SESSIONS,
                 enable_monitoring=False,
                 ssr_mode=False,
+                app_kwargs={"middleware": [Middleware(Bounded)]},
                 theme=theme,
                 css=CSS,
             )
