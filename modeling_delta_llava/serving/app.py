@@ -206,8 +206,11 @@ def stream(network, processor, turns: list[Turn], num_visual_tokens: int, max_ne
         finally:
             pace.stopped.set()
         with explained():
-            generated.result()
-    visual_tokens = int((inputs["input_ids"] == network.config.image_token_id).sum())
+            output = generated.result()
+    prompt = inputs["input_ids"]
+    # Whole: the streamer decodes in pieces, which can part the bytes of a letter.
+    answer = processor.tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
+    visual_tokens = int((prompt == network.config.image_token_id).sum())
     note = describe(visual_tokens, pace.times[0] - start, len(pace.times), pace.times[-1] - pace.times[0])
     yield replace(turns[-1], answer=answer.strip() or "(no answer)", note=note)
 

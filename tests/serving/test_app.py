@@ -1,6 +1,7 @@
 """The conversation behind the page of `delta-llava app`, without Gradio (test_app_in_browser.py has the page)."""
 
 import importlib.util
+import itertools
 import json
 import shutil
 import socket
@@ -86,7 +87,7 @@ def test_stream_ends_with_the_answer_of_generate(network, processor, pictures, b
     assert streamed[-1].answer == generated(network, processor, app.messages(turns), budget, 80)
     assert streamed[-1].note.startswith(f"{3 * budget} visual tokens · ")
     assert "tokens/s" in streamed[-1].note
-    assert all(streamed[-1].answer.startswith(turn.answer) for turn in streamed[:-1])
+    assert all(later.answer.startswith(turn.answer) for turn, later in itertools.pairwise(streamed[:-1]))
     assert len({turn.answer for turn in streamed}) > 3
 
 
