@@ -7,6 +7,7 @@
 #   make test-deepspeed                                 ZeRO-2 and ZeRO-3 in two CPU processes; installs DeepSpeed
 #   make test-vllm                                      a vLLM server on the CPU, in an environment of its own
 #   make test-evaluation                                lmms-eval with local tasks, in an environment of its own
+#   make test-app                                       the page of `delta-llava app`, in an environment of its own
 #   make demo TORCH='torch==2.13.0 --index-url URL'     torch from another index (say, its CPU builds)
 
 BASE_PYTHON ?= python3
@@ -21,7 +22,7 @@ ROWS ?=
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-versions test-deepspeed test-evaluation test-vllm lint format install clean
+.PHONY: demo test test-versions test-deepspeed test-evaluation test-vllm test-app lint format install clean
 
 # torch comes first: what needs it is then content with this version, and pulls in no other build. Python compiles what
 # it imports; the rest need not be.
@@ -87,6 +88,19 @@ test-vllm: install $(VLLM)/.installed
 		DELTA_LLAVA_VLLM_PYTHON=$(abspath $(VLLM)/bin/python) \
 		$(PYTHON) -m pytest -m vllm $(PYTEST_ARGS) tests/serving/test_vllm.py
 
+# Chromium and its driver come from the system: `apt-get install chromium chromium-driver` on Debian.
+APP := .venv-app
+$(APP)/.installed: pyproject.toml
+	$(BASE_PYTHON) -m venv $(APP)
+	$(APP)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile $(TORCH)
+	$(APP)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+		-e '.[app]' pytest pytest-timeout selenium
+	touch $@
+
+test-app: $(APP)/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+		$(APP)/bin/python -m pytest -m browser $(PYTEST_ARGS) tests/serving/test_app_in_browser.py
+
 lint: install
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -96,4 +110,4 @@ format: install
 	$(PYTHON) -m ruff format .
 
 clean:
-	rm -rf .venv .venv-versions .venv-evaluation .venv-vllm build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-versions .venv-evaluation .venv-vllm .venv-app build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

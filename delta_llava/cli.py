@@ -150,6 +150,24 @@ def serve(
     )
 
 
+@app.command("app", rich_help_panel=USE)
+def show_app(
+    model: Annotated[str, typer.Argument(help="Hub folder or id.")],
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the page.")] = 7860,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a MODEL on the Hub.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (as saved), bfloat16, float16 or float32.")] = "auto",
+) -> None:
+    """Open a page on this machine to chat with a model about pictures."""
+    from functools import partial
+
+    from modeling_delta_llava.evaluation.explain import draw_explanations
+    from modeling_delta_llava.serving.app import run_app
+
+    run_app(model, partial(draw_explanations, hirescam=True), revision, device, dtype, host, port)
+
+
 @app.command(rich_help_panel=CONVERT)
 def convert(
     source: Annotated[str, typer.Argument(help="Folder that training wrote, or a Hub id.")],

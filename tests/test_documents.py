@@ -87,6 +87,7 @@ NOT_RUN = {
     "make ": "sets up an environment, and takes minutes; that the target exists is checked",
     "CONFIGS=": "a variable of the next command",
     "accelerate launch": "needs several devices; its recipe and settings are checked",
+    "delta-llava app": "serves until it is interrupted; tests/serving/test_app_in_browser.py asks it",
     "delta-llava evaluate": "needs lmms-eval; tests/evaluation/test_lmms_eval.py runs it",
     "lmms-eval": "as before it",
     "delta-llava card FOLDER --results": "takes what the command before it writes; tests/evaluation does so",

@@ -262,12 +262,36 @@ def explain_to_file(
     network, processor = load(model, revision, device, dtype)
     content = [{"type": "image", "image": ""}, {"type": "text", "text": question}]
     check_chat_template(processor, model, [{"role": "user", "content": content}])
-    with told(f"{model} cannot be explained", "check it with `delta-llava verify`, or give one that is not quantised"):
+    return draw_explanations(network, processor, picture, question, output, budgets, token, max_new_tokens, hirescam)
+
+
+def draw_explanations(
+    model: DeltaLlavaForConditionalGeneration,
+    processor: DeltaLlavaProcessor,
+    image: Image.Image,
+    question: str,
+    output: Path,
+    num_visual_tokens: list[int] | None = None,
+    token: str | None = None,
+    max_new_tokens: int = 256,
+    hirescam: bool = False,
+) -> list[Explanation]:
+    """As `explain`, drawn into a PNG file.
+
+    Raises:
+        UserError: for anything the user can mend; the file is then not there, or as it was.
+    """
+    heat_maps.check_output(output)
+    with told(
+        "the model cannot be explained", "check it with `delta-llava verify`, or give one that is not quantised"
+    ):
         try:
-            explanations = explain(network, processor, picture, question, budgets, token, max_new_tokens, hirescam)
+            explanations = explain(
+                model, processor, image, question, num_visual_tokens, token, max_new_tokens, hirescam
+            )
         except UserError:
             raise
-        except ValueError as error:  # says what to mend in the question, the picture or the budgets
+        except ValueError as error:  # says what to mend in the question, the picture or the budget
             raise UserError(reason(error)) from error
     heat_maps.draw(explanations, question, output, token, "HiResCAM" if hirescam else "Grad-CAM")
     return explanations

@@ -354,7 +354,11 @@ def place(tmp_path):
 
 @pytest.fixture
 def clients_code(folder, server):
-    return block("python", "from openai").replace("FOLDER", str(folder)).replace("http://localhost:8000", server)
+    return (
+        block("python", 'extra_body={"mm_processor_kwargs')
+        .replace("FOLDER", str(folder))
+        .replace("http://localhost:8000", server)
+    )
 
 
 def answer_of_the_page(folder: Path, server: str, budget: int | None) -> str:
