@@ -454,6 +454,7 @@ def run_app(
                 max_file_size=MAX_FILE_SIZE,
                 state_session_capacity=MAX_SESSIONS,
                 enable_monitoring=False,
+                run_history=False,
                 ssr_mode=False,
                 app_kwargs={"middleware": [Middleware(Bounded)]},
                 theme=theme,

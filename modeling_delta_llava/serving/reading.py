@@ -46,9 +46,14 @@ class ImagePart(_Object):
     image_url: Address
 
 
+class VideoPart(_Object):
+    type: Literal["video_url"]
+    video_url: Address
+
+
 class Message(_Object):
     role: Literal["system", "user", "assistant"]
-    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: list[Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]]
 
     @field_validator("content", mode="before")
     @classmethod
@@ -57,11 +62,11 @@ class Message(_Object):
 
     @model_validator(mode="after")
     def _says_something(self):
-        has_pictures = any(isinstance(part, ImagePart) for part in self.content)
+        has_pictures = any(not isinstance(part, TextPart) for part in self.content)
         if has_pictures and self.role != "user":
-            raise ValueError(f"only users show pictures, and this message is from {self.role}")
+            raise ValueError(f"only users show pictures and videos, and this message is from {self.role}")
         if not has_pictures and not any(part.text.strip() for part in self.content):
-            raise ValueError("the message has neither text nor picture")
+            raise ValueError("the message has neither text nor picture nor video")
         return self
 
 
@@ -70,7 +75,10 @@ class StreamOptions(_Object):
 
 
 class ChatRequest(_Object):
-    """OpenAI's fields, where they have a meaning here, and `num_visual_tokens`: one budget, or one for each picture.
+    """OpenAI's fields, where they have a meaning here, and two of ours.
+
+    `num_visual_tokens` is one budget, or a list with one for each picture and frame; `num_frames` says how many frames
+    of each video are shown at most.
 
     `n`, the penalties and `logprobs` may be given with the value that changes nothing, as many clients do.
     """
@@ -78,6 +86,7 @@ class ChatRequest(_Object):
     model: str
     messages: list[Message] = Field(min_length=1)
     num_visual_tokens: int | list[int] | None = None
+    num_frames: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(0.0, ge=0, le=2)
@@ -101,18 +110,18 @@ class ChatRequest(_Object):
     def _consistent(self):
         if self.messages[-1].role != "user":
             raise ValueError("the last message must be from the user")
-        if len(self.addresses) > MAX_PICTURES:
-            raise ValueError(f"{len(self.addresses)} pictures, and a request may show {MAX_PICTURES}")
+        if len(self.media) > MAX_PICTURES:
+            raise ValueError(f"{len(self.media)} pictures and videos, and a request may show {MAX_PICTURES}")
+        if self.num_frames is not None and not any(isinstance(part, VideoPart) for part in self.media):
+            raise ValueError("num_frames is for videos, and there is none: leave it out")
         if None not in (self.max_tokens, self.max_completion_tokens):
             raise ValueError("max_tokens and max_completion_tokens are two names of one limit: give one of them")
         return self
 
     @property
-    def addresses(self) -> list[str]:
-        """Where the pictures are, in the order of the conversation."""
-        return [
-            part.image_url.url for message in self.messages for part in message.content if isinstance(part, ImagePart)
-        ]
+    def media(self) -> list[ImagePart | VideoPart]:
+        """The pictures and videos, in the order of the conversation."""
+        return [part for message in self.messages for part in message.content if not isinstance(part, TextPart)]
 
     @property
     def characters(self) -> int:
@@ -136,12 +145,18 @@ def read_request(body: bytes) -> ChatRequest:
     raise RequestError(message, param=str(first["loc"][0]) if first["loc"] else None)
 
 
-def part_for_template(part: TextPart | ImagePart, pictures) -> dict:
+def address_of(part: ImagePart | VideoPart) -> str:
+    return part.video_url.url if isinstance(part, VideoPart) else part.image_url.url
+
+
+def part_for_template(part: TextPart | ImagePart | VideoPart, media) -> dict:
     """A part of a message as chat templates and the processor take it.
 
     Args:
-        pictures: iterator over the decoded pictures of the request, one for each part that shows one.
+        media: iterator over the decoded pictures and the files of videos of the request.
     """
     if isinstance(part, ImagePart):
-        return {"type": "image", "image": next(pictures)}
+        return {"type": "image", "image": next(media)}
+    if isinstance(part, VideoPart):
+        return {"type": "video", "video": next(media)}
     return {"type": "text", "text": part.text}

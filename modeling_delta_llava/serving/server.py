@@ -41,7 +41,7 @@ from ..building import check_chat_template
 from ..processing_delta_llava import DOWNLOAD_SECONDS, MAX_DOWNLOAD_BYTES
 from .answering import Answer, Ended
 from .pictures import FORMATS, read_picture
-from .reading import ChatRequest, RequestError, part_for_template, read_request
+from .reading import ChatRequest, RequestError, VideoPart, address_of, part_for_template, read_request
 
 KEY_VARIABLE = "DELTA_LLAVA_API_KEY"
 MAX_BODY_BYTES, BODY_SECONDS = 32 * 2**20, 60
@@ -145,9 +145,9 @@ class Service:
             message = f"no model {printable(asked.model)!r} here: this server has {self.name!r}"
             raise RequestError(message, 404, param="model", code="model_not_found")
         limit = self._limit(asked)
-        pictures = await self._fetch(asked.addresses)
+        files = await self._fetch([address_of(part) for part in asked.media])
         loop = asyncio.get_running_loop()
-        inputs = await loop.run_in_executor(self.preparing, self._prepare, asked, pictures)
+        inputs = await loop.run_in_executor(self.preparing, self._prepare, asked, files)
         prompt_tokens = inputs["input_ids"].shape[1]
         limit = self._room(prompt_tokens, asked, limit)
         answer = Answer(self._decode, asked.stop, self.end_ids, self.byte_ids)
@@ -202,7 +202,7 @@ class Service:
         return limit or min(room, self.max_new_tokens)
 
     async def _fetch(self, addresses: list[str]) -> list[bytes]:
-        """The files of a request's pictures, in order, within one limit of size and time."""
+        """The files of a request's pictures and videos, in order, within one limit of size and time."""
         files, size = [], 0
         try:
             async with asyncio.timeout(DOWNLOAD_SECONDS):
@@ -210,7 +210,9 @@ class Service:
                     files.append(await in_thread(read_picture, address, self.allowed))
                     size += len(files[-1])
                     if size > MAX_DOWNLOAD_BYTES:
-                        raise RequestError(f"the pictures have more than {MAX_DOWNLOAD_BYTES:,} bytes together", 413)
+                        raise RequestError(
+                            f"the pictures and videos have more than {MAX_DOWNLOAD_BYTES:,} bytes together", 413
+                        )
         except TimeoutError:
             address = printable(addresses[len(files)], 100)
             raise RequestError(f"{address} was not there after {DOWNLOAD_SECONDS} seconds", param="messages") from None
@@ -220,14 +222,15 @@ class Service:
         """The model's inputs.
 
         Raises:
-            UserError: a picture cannot be read, a budget is illegal, or the template cannot show the conversation.
+            UserError: a picture or video cannot be read, a budget is illegal, or the template cannot show the
+                conversation.
         """
-        pictures = (
-            asking.decode_image(file, f"picture {number} of the request", FORMATS)
-            for number, file in enumerate(files, start=1)
+        media = (
+            file if isinstance(part, VideoPart) else asking.decode_image(file, f"picture {number}", FORMATS)
+            for number, (part, file) in enumerate(zip(asked.media, files, strict=True), start=1)
         )
         conversation = [
-            {"role": message.role, "content": [part_for_template(part, pictures) for part in message.content]}
+            {"role": message.role, "content": [part_for_template(part, media) for part in message.content]}
             for message in asked.messages
         ]
         budgets = {} if asked.num_visual_tokens is None else {"num_visual_tokens": asked.num_visual_tokens}
@@ -240,6 +243,7 @@ class Service:
                     return_dict=True,
                     return_tensors="pt",
                     processor_kwargs=budgets,
+                    num_frames=asked.num_frames,
                 )
             except ValueError as error:  # says what to mend
                 raise UserError(reason(error)) from error

@@ -59,6 +59,13 @@ def shown(*addresses: str, text: str = "How many shapes are there?") -> list[dic
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
+def shown_video(video: bytes | str, text: str = "What happens?") -> list[dict]:
+    """A message with a video, of which the file or its address is given."""
+    address = "data:video/mp4;base64," + base64.b64encode(video).decode() if isinstance(video, bytes) else video
+    parts = [{"type": "video_url", "video_url": {"url": address}}, {"type": "text", "text": text}]
+    return [{"role": "user", "content": parts}]
+
+
 def postscript() -> bytes:
     stream = io.BytesIO()
     picture().save(stream, "EPS")
@@ -105,6 +112,11 @@ BROKEN = {
     "damaged base64": ({"messages": shown("data:image/png;base64,AAAAA")}, 400, "base64"),
     "no base64": ({"messages": shown("data:image/svg+xml,<svg/>")}, 400, "base64"),
     "many pictures": ({"messages": shown(*[as_address(PNG)] * 33)}, 400, "33 pictures"),
+    "no video": ({"messages": shown_video(b"no video")}, 400, "Message 1 has a video"),
+    "frames without a video": ({"num_frames": 2}, 400, "num_frames is for videos"),
+    "no frames": ({"messages": shown_video(b""), "num_frames": 0}, 400, "num_frames"),
+    "playlist": ({"messages": shown_video(b"#EXTM3U\nfile:///etc/passwd\n")}, 400, "Message 1 has a video"),
+    "video on loopback": ({"messages": shown_video("http://127.0.0.1:22/")}, 400, "public internet"),
     "file address": ({"messages": shown("file:///etc/passwd")}, 400, "file"),
     "path": ({"messages": shown("/etc/passwd")}, 400, "file"),
     "loopback": ({"messages": shown("http://127.0.0.1:22/")}, 400, "public internet"),

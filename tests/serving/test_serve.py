@@ -25,7 +25,8 @@ from modeling_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaP
 from modeling_delta_llava.serving import pictures, server
 from modeling_delta_llava.serving.answering import Answer
 from modeling_delta_llava.serving.reading import ChatRequest, RequestError, read_request
-from tests.serving.broken import BROKEN, KEY, NAME, SAID, as_address, body_of, served, shown
+from tests.clips import write_clip
+from tests.serving.broken import BROKEN, KEY, NAME, SAID, as_address, body_of, served, shown, shown_video
 from tests.tiny import encoded, picture
 
 RED, BLUE = picture("red"), picture("blue", (64, 20))
@@ -128,6 +129,18 @@ def test_answers_are_those_of_generate(name, client, loaded):
     usage = (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens)
     assert usage == (prompt_tokens, written, prompt_tokens + written)
     assert streamed(client, messages=messages, max_tokens=24) == (text, choice.finish_reason, answer.usage)
+
+
+def test_videos(client, loaded, tmp_path):
+    clip = write_clip(tmp_path / "clip.mkv").read_bytes()
+    part = {"type": "video", "video": clip}
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "What happens?"}]}]
+    for frames in (1, 3, None):
+        as_images = loaded[1].videos_as_images(messages, num_frames=frames)
+        text, prompt_tokens, _ = expected(loaded, as_images, 8, num_visual_tokens=1)
+        given = {"num_visual_tokens": 1} | ({} if frames is None else {"num_frames": frames})
+        answer = client.chat.completions.create(model=NAME, messages=shown_video(clip), max_tokens=8, extra_body=given)
+        assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (text, prompt_tokens), frames
 
 
 def test_budgets_change_the_prompt_and_the_answer(client, loaded):
