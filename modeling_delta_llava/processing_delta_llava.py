@@ -16,7 +16,7 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processi
 from transformers.utils import logging
 
 from .configuration_delta_llava import AUTO_MAP, image_budgets, require_transformers
-from .video_delta_llava import video_parts
+from .video_delta_llava import VideoLimits, video_parts
 
 logger = logging.get_logger(__name__)
 
@@ -24,6 +24,8 @@ logger = logging.get_logger(__name__)
 MAX_PADDED_SIDE = 8192
 # Of a longer picture that is not padded, only the middle is resized: the centre crop keeps no more.
 MAX_ASPECT_RATIO = 200
+# Parts of a message that show a video, and their keys that hold it.
+VIDEO_PARTS, VIDEO_SOURCES = ("video", "video_url"), ("video", "url", "path", "video_url")
 # Limits of a picture at an address: of all of it, and of silence.
 DOWNLOAD_SECONDS, SILENT_SECONDS, MAX_DOWNLOAD_BYTES = 60, 20, 100_000_000
 # All that fetching takes: a redirection to anything but http(s) finds no handler, and the eleventh one is an error.
@@ -299,26 +301,31 @@ class DeltaLlavaProcessor(ProcessorMixin):
         budget = self.num_visual_tokens if budgets is None else int(budgets[image_idx])
         return self.image_token * budget
 
-    def apply_chat_template(self, conversation, *args, **kwargs):
+    def apply_chat_template(self, conversation, chat_template=None, **kwargs):
         """As `ProcessorMixin.apply_chat_template`, which sees each video as [`videos_as_images`] shows it.
 
         Raises:
             ValueError: for an empty conversation, messages and text parts without text, videos that cannot be shown,
-                and the image placeholder written out where it is not a picture's place: beside image parts, and in
-                what users did not say.
+                options for videos where there are none, and the image placeholder written out where it is not a
+                picture's place: beside image parts, and in what users did not say.
         """
         batched = conversation and (isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages"))
-        given = {**(kwargs.get("processor_kwargs") or {}), **kwargs}
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        given = {**(kwargs.get("processor_kwargs") or {}), **given}
         if given.get("load_audio_from_video"):
             raise ValueError("Delta-LLaVA hears no sound: leave load_audio_from_video out")
+        if _option(given, "videos_kwargs", "do_sample_frames") is not None:
+            raise ValueError("do_sample_frames is not for Delta-LLaVA: ask for num_frames, or fps")
         sampling = {name: _option(given, "videos_kwargs", name) for name in ("num_frames", "fps")}
         kwargs = {name: value for name, value in kwargs.items() if name not in sampling}
         rows = [getattr(row, "messages", row) for row in (conversation if batched else [conversation])]
+        if any(value is not None for value in sampling.values()) and not any(map(_has_video, rows)):
+            raise ValueError("num_frames and fps are for videos, and there is none: leave them out")
         rows = [self.videos_as_images(row, **sampling) for row in rows]
         for messages in rows:
             self._check_messages(messages, kwargs.get("sanitize_control_tokens", False))
         conversation = rows if batched else rows[0]
-        output = super().apply_chat_template(conversation, *args, **kwargs)
+        output = super().apply_chat_template(conversation, chat_template, **kwargs)
         if kwargs.get("return_assistant_tokens_mask") and "pixel_values" in output:
             require_transformers("5.23", "return_assistant_tokens_mask beside images")
         return output
@@ -327,20 +334,21 @@ class DeltaLlavaProcessor(ProcessorMixin):
     def videos_as_images(messages: list, num_frames: int | None = None, fps: float | None = None) -> list:
         """
         Messages in which [`video_parts`] stand in place of every part `{"type": "video"}`, whose video is its `video`,
-        `url` or `path`. Servers that know images only can be given them.
+        `url` or `path`, or `{"type": "video_url", "video_url": {"url": ...}}`. Servers that know images only can be
+        given them.
 
         Raises:
             ValueError: for a video that cannot be shown, which it names.
         """
-        messages = list(messages or [])
+        messages, limits = list(messages or []), VideoLimits()
         for number, message in enumerate(messages):
-            if not isinstance(message, dict) or all(part.get("type") != "video" for part in _parts(message)):
+            if not _has_video([message]):
                 continue
             parts = []
             for part in message["content"]:
-                if part.get("type") == "video":
+                if part.get("type") in VIDEO_PARTS:
                     images = sum(part.get("type") in ("image", "image_url") for part in parts)
-                    parts += _shown_video(part, f"Message {number + 1}", images + 1, num_frames, fps)
+                    parts += _shown_video(part, f"Message {number + 1}", images + 1, num_frames, fps, limits)
                 else:
                     parts.append(part)
             messages[number] = {**message, "content": parts}
@@ -380,9 +388,23 @@ def _option(kwargs: dict, modality: str, name: str, default=None):
     return default if given is None else given
 
 
+def _has_video(messages) -> bool:
+    return any(
+        part.get("type") in VIDEO_PARTS
+        for message in messages or []
+        if isinstance(message, dict)
+        for part in _parts(message)
+    )
+
+
 def _shown_video(part: dict, where: str, *options) -> list[dict]:
     """The parts of a message in place of its part with a video, which is downloaded first; errors name it."""
-    source = next((part[key] for key in ("video", "url", "path") if part.get(key) is not None), None)
+    unknown = sorted(part.keys() - {"type", *VIDEO_SOURCES})
+    if unknown:
+        raise ValueError(f"{where} has a video part with {unknown[0]!r}: give num_frames and fps with the call")
+    source = next((part[key] for key in VIDEO_SOURCES if part.get(key) is not None), None)
+    if isinstance(source, dict):
+        source = source.get("url")
     name = os.fspath(source)[:200] if isinstance(source, (str, os.PathLike)) else type(source).__name__
     try:
         if isinstance(source, str) and source.startswith(("http://", "https://")):

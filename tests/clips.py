@@ -1,5 +1,6 @@
 """Small videos, made on the spot with PyAV: frame `i` is grey of value `10 * i`."""
 
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -31,6 +32,20 @@ def write_clip(
         container.start_encoding()
         for image in frames:
             container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode())
+    return path
+
+
+def write_timed_clip(path: Path, times: list[int], codec: str = "libx264") -> Path:
+    """A video of one grey frame at each of the given milliseconds."""
+    with av.open(path, "w") as container:
+        stream = container.add_stream(codec, rate=RATE)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for index, at in enumerate(times):
+            picture = av.VideoFrame.from_image(frame(index))
+            picture.pts, picture.time_base = at, Fraction(1, 1000)
+            container.mux(stream.encode(picture))
         container.mux(stream.encode())
     return path
 

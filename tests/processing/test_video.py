@@ -19,7 +19,7 @@ from modeling_delta_llava import processing_delta_llava, video_delta_llava
 from modeling_delta_llava.building import read_chat_template
 from modeling_delta_llava.video_delta_llava import video_frames, video_parts
 from tests import tiny
-from tests.clips import frame, shown, write_clip, write_sound
+from tests.clips import frame, shown, write_clip, write_sound, write_timed_clip
 
 ASKED = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
 QUESTION = {"type": "text", "text": "What happens?"}
@@ -235,6 +235,67 @@ def test_of_a_long_video_only_key_frames_are_decoded(tmp_path, monkeypatch):
     assert [shown(image) for image in video_frames(path, num_frames=8)[0]] == [0, 3, 6, 9, 12, 15, 18, 21]
 
 
+def test_times_are_those_of_the_frames_whatever_the_distances(tmp_path):
+    path = write_timed_clip(tmp_path / "screen.mkv", [0, 100, 200, 300, 400, 500, 600, 9000])
+    frames, times = video_frames(path, num_frames=4)
+    assert [shown(image) for image in frames] == [0, 2, 4, 6]
+    assert times == pytest.approx([0, 0.2, 0.4, 0.6])
+    assert len(video_frames(path, fps=0.5)[0]) == 5  # of 10.3 seconds, as 8 frames 9 seconds apart last so long
+
+
+def test_what_an_edit_list_cuts_off_is_not_counted(tmp_path):
+    path = write_timed_clip(tmp_path / "trimmed.mp4", [100 * index - 1200 for index in range(24)])
+    frames, times = video_frames(path, num_frames=6)
+    assert [shown(image) for image in frames] == [12, 14, 16, 18, 20, 22]
+    assert times == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+
+
+def test_a_recording_that_begins_between_key_frames(tmp_path):
+    whole = write_clip(tmp_path / "whole.ts", 24, codec="libx264", g="12", bf="0").read_bytes()
+    packets = [whole[start : start + 188] for start in range(0, len(whole), 188)]
+    path = tmp_path / "cut.ts"
+    path.write_bytes(b"".join(packets[:2] + packets[6:]))  # the first two say what the file holds
+    frames, times = video_frames(path, num_frames=8)
+    numbers = [shown(image) for image in frames]
+    assert len(numbers) == 8
+    assert numbers[0] >= 12
+    assert times == pytest.approx([(number - numbers[0]) / 10 for number in numbers])
+
+
+def test_the_videos_of_a_conversation_share_the_limits(clip, processor, monkeypatch):
+    twice = [*chat(video(clip)), {"role": "assistant", "content": "Grey."}, *chat(video(clip))]
+    monkeypatch.setattr(video_delta_llava, "MAX_FRAMES", 15)
+    assert processor.videos_as_images(twice, num_frames=7)
+    with pytest.raises(ValueError, match=r"Message 3 has a video .* 8 frames cannot be shown"):
+        processor.videos_as_images(twice)
+    monkeypatch.setattr(video_delta_llava, "MAX_FRAME_PIXELS", 64 * 48 * 13)
+    with pytest.raises(ValueError, match=r"Message 3 has a video .* more than 39,936 pixels in a conversation"):
+        processor.videos_as_images(twice, num_frames=7)
+
+
+OPTIONS = {
+    "frames without a video": ([QUESTION], {"num_frames": 2}, "num_frames and fps are for videos"),
+    "rate without a video": ([QUESTION], {"processor_kwargs": {"fps": 2}}, "num_frames and fps are for videos"),
+    "frames of the part": ([{"type": "video", "path": "a.mp4", "num_frames": 2}], {}, "'num_frames'"),
+    "all frames": ([{"type": "video", "path": "a.mp4"}], {"do_sample_frames": False}, "do_sample_frames"),
+    "half a frame": ([{"type": "video", "path": "a.mp4"}], {"num_frames": 2.5}, "num_frames=2.5 is no whole number"),
+    "a rate in words": ([{"type": "video", "path": "a.mp4"}], {"fps": "2"}, "fps='2' is no number above 0"),
+    "an endless rate": ([{"type": "video", "path": "a.mp4"}], {"fps": float("inf")}, "fps=inf is no number above 0"),
+}
+
+
+@pytest.mark.parametrize(("content", "options", "message"), OPTIONS.values(), ids=OPTIONS.keys())
+def test_options_are_used_or_refused(content, options, message, processor):
+    with pytest.raises(ValueError, match=message):
+        processor.apply_chat_template([{"role": "user", "content": content}], **options)
+
+
+def test_none_stands_for_an_option_left_out_and_servers_parts_are_known(clip, processor):
+    messages = chat({"type": "video_url", "video_url": {"url": str(clip)}})
+    text = processor.apply_chat_template(messages, num_frames=None, processor_kwargs={"num_frames": 3})
+    assert "Images 1 to 3 are frames" in text
+
+
 def write_playlist(path):
     path.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:2,\n{path.parent / 'secret.ts'}\n#EXT-X-ENDLIST\n")
     write_clip(path.parent / "secret.ts", codec="mpeg2video")
@@ -283,8 +344,8 @@ UNUSABLE = {
     "both": ({"path": "clip"}, {"num_frames": 2, "fps": 1}, "in place of num_frames"),
     "fps of frames": ({"video": [frame(1)]}, {"fps": 1}, "fps is for video files"),
     "no frames asked for": ({"video": [frame(1)]}, {"num_frames": 0}, "ask for 1 to 256"),
-    "a negative rate": ({"path": "clip"}, {"fps": -1}, "ask for 1 to 256"),
-    "no number": ({"path": "clip"}, {"fps": float("nan")}, "cannot be shown"),
+    "a negative rate": ({"path": "clip"}, {"fps": -1}, "fps=-1 is no number above 0"),
+    "no number": ({"path": "clip"}, {"fps": float("nan")}, "fps=nan is no number above 0"),
     "too many frames": ({"path": "clip"}, {"fps": 1000}, "2000 frames cannot be shown: ask for 1 to 256"),
     "too many given": ({"video": [frame(1)] * 257}, {}, "257 frames cannot be shown: ask for 1 to 256"),
 }
@@ -302,7 +363,7 @@ def test_videos_that_cannot_be_shown(name, clip, processor):
     ("name", "limit", "message"),
     [
         ("VIDEO_SECONDS", -1, "more than -1 seconds"),
-        ("MAX_FRAME_PIXELS", 64 * 48 * 8 - 1, "8 frames of 64 x 48 are more than 24,575 pixels"),
+        ("MAX_FRAME_PIXELS", 64 * 48 * 8 - 1, "8 frames of 64 x 48 are more than 24,575 pixels in a conversation"),
     ],
 )
 def test_time_and_pixels_are_bounded(name, limit, message, clip, monkeypatch):
