@@ -79,12 +79,13 @@ def located(source: str) -> str | bytes:
     raise UserError(f"no such image: {source}")
 
 
-def decoded(content: str | bytes, name: str, formats: Sequence[str] | None = None):
+def decoded(content: str | bytes, name: str, formats: Sequence[str] | None = None, max_pixels: int | None = None):
     """A picture from a path or the bytes of a file, in the processor's view of it.
 
     Args:
         name: how messages call it.
         formats: names of the file formats that may be decoded, as Pillow has them; by default all.
+        max_pixels: most pixels, where there is a limit below Pillow's own.
 
     Raises:
         PIL.UnidentifiedImageError: it is no picture.
@@ -98,6 +99,10 @@ def decoded(content: str | bytes, name: str, formats: Sequence[str] | None = Non
         image = open_picture(content)
         if formats is not None and image.format not in formats:
             raise UserError(f"{name} is a file of format {image.format}: send one of {', '.join(formats)}")
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise UserError(
+                f"{name} has {image.width} x {image.height} pixels, and {max_pixels:,} are left: shrink it"
+            )
         return rgb_picture(image)
     except (UnidentifiedImageError, UserError):
         raise
@@ -114,7 +119,7 @@ def open_image(source: str):
     return decode_image(located(source), source)
 
 
-def decode_image(content: str | bytes, name: str, formats: Sequence[str] | None = None):
+def decode_image(content: str | bytes, name: str, formats: Sequence[str] | None = None, max_pixels: int | None = None):
     """As [`decoded`], for what must be a picture.
 
     Raises:
@@ -123,7 +128,7 @@ def decode_image(content: str | bytes, name: str, formats: Sequence[str] | None 
     from PIL import UnidentifiedImageError
 
     try:
-        return decoded(content, name, formats)
+        return decoded(content, name, formats, max_pixels)
     except UnidentifiedImageError:
         raise UserError(f"{name} is not an image that Pillow can read") from None
 

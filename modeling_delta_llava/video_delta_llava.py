@@ -38,9 +38,9 @@ def sampled(total: int, num_frames: int, limits: VideoLimits) -> list[int]:
 
     They are those of transformers' `default_sample_indices_fn`, whose oldest supported release leaves out the end.
     """
-    if not 0 < num_frames <= limits.frames:
-        raise ValueError(f"{num_frames} frames cannot be shown: ask for 1 to {MAX_FRAMES} in a conversation")
     count = min(num_frames, total)
+    if not 0 < count <= limits.frames:
+        raise ValueError(f"{count} frames cannot be shown: a conversation has 1 to {MAX_FRAMES}, of all its videos")
     limits.frames -= count
     return [index * total // count for index in range(count)]
 
@@ -167,8 +167,8 @@ def video_parts(
         OSError, ValueError: it cannot be read within the limits, or a number cannot be used.
     """
     limits = limits or VideoLimits()
-    if num_frames is not None and (isinstance(num_frames, bool) or not isinstance(num_frames, Integral)):
-        raise ValueError(f"num_frames={num_frames!r} is no whole number: ask for 1 to {MAX_FRAMES}")
+    if num_frames is not None and not (isinstance(num_frames, Integral) and 0 < num_frames <= MAX_FRAMES):
+        raise ValueError(f"{num_frames!r} frames cannot be shown: ask for 1 to {MAX_FRAMES}")
     if fps is not None and not (isinstance(fps, Real) and math.isfinite(fps) and fps > 0):
         raise ValueError(f"fps={fps!r} is no number above 0: say how many frames to show of a second")
     if fps is not None and (num_frames is not None or not isinstance(source, (str, os.PathLike, bytes))):

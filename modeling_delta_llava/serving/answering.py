@@ -86,6 +86,10 @@ class Answer(BaseStreamer):
         finally:
             self.abandoned = True
 
+    async def whole(self) -> str:
+        """All of the text at once, as `pieces`."""
+        return "".join([piece async for piece in self.pieces()])
+
     @property
     def finish_reason(self) -> str:
         return "stop" if self.stopped or (self.ids and self.ids[-1] in self.end_ids) else "length"

@@ -25,16 +25,19 @@ from transformers import StoppingCriteria, TextIteratorStreamer
 
 from delta_llava.errors import UserError, printable, reason, told
 
-from ..asking import check_question, load, open_image
+from ..asking import check_question, decode_image, load, located
 from ..building import check_chat_template
 
 # Limits of what one conversation may hold, and of what waits for the model.
 MAX_FILE_SIZE = "20mb"
 MAX_PICTURES = 16
+# Of the pictures of a conversation together; Pillow itself takes about as many in one.
+MAX_PIXELS = 180_000_000
 MAX_QUESTION = 20_000  # characters
 MAX_WAITING = 64
 MAX_SESSIONS = 256
-MAX_REQUEST = 1_000_000  # bytes, of what is no upload
+MAX_REQUEST, MAX_UPLOAD = 1_000_000, 330_000_000  # bytes, of any request and of one that uploads pictures
+UPLOAD_PATH = "/gradio_api/upload"
 # Uploaded pictures and sheets are looked through this often, and deleted at this age; both in seconds.
 CACHE = (600, 7200)
 
@@ -106,10 +109,10 @@ def check_turns(turns: list[Turn]):
         )
 
 
-def opened(path: str) -> Image.Image:
+def opened(path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An uploaded picture; errors name it as its user does, and not where the server keeps it."""
     try:
-        return open_image(path)
+        return decode_image(located(path), path, max_pixels=max_pixels)
     except UserError as error:
         name = printable(Path(path).name, 60)
         if not os.path.exists(path):
@@ -171,11 +174,12 @@ def stream(network, processor, turns: list[Turn], num_visual_tokens: int, max_ne
     """
     start = time.perf_counter()
     check_turns(turns)
-    conversation = messages(turns)
+    conversation, pixels = messages(turns), MAX_PIXELS
     for message in conversation:
         for part in message["content"]:
             if part["type"] == "image":
-                part["image"] = opened(part["image"])
+                part["image"] = opened(part["image"], pixels)
+                pixels -= part["image"].width * part["image"].height
     has_pictures = any(turn.pictures for turn in turns)
     with explained():
         inputs = processor.apply_chat_template(
@@ -236,7 +240,14 @@ class Bounded:
         from starlette.requests import Request
         from starlette.responses import PlainTextResponse
 
-        if scope["type"] != "http" or Request(scope).headers.get("content-type", "").startswith("multipart/form-data"):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        if scope["path"].endswith(UPLOAD_PATH):
+            length = Request(scope).headers.get("content-length", "")
+            if not length.isascii() or not length.isdigit() or int(length) > MAX_UPLOAD:
+                return await PlainTextResponse("the upload is too large, or of no stated size", 413)(
+                    scope, receive, send
+                )
             return await self.app(scope, receive, send)
         body = bytearray()
         async for chunk in Request(scope, receive).stream():

@@ -2,12 +2,14 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
 
 from delta_llava.errors import UserError, printable
 
 MAX_PICTURES = 32
 MAX_STOPS = 4
+# Messages, parts of one, and budgets.
+MAX_ITEMS = 1000
 
 
 class RequestError(UserError):
@@ -53,7 +55,11 @@ class VideoPart(_Object):
 
 class Message(_Object):
     role: Literal["system", "user", "assistant"]
-    content: list[Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]]
+    content: Annotated[
+        list[Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]],
+        FailFast(),
+        Field(max_length=MAX_ITEMS),
+    ]
 
     @field_validator("content", mode="before")
     @classmethod
@@ -84,7 +90,7 @@ class ChatRequest(_Object):
     """
 
     model: str
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_ITEMS)]
     num_visual_tokens: int | list[int] | None = None
     num_frames: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
@@ -100,6 +106,13 @@ class ChatRequest(_Object):
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] = 0.0
     presence_penalty: Annotated[float, Field(ge=0, le=0)] = 0.0
     logprobs: Literal[False] = False
+
+    @field_validator("num_visual_tokens", mode="before")
+    @classmethod
+    def _budgets_are_few(cls, budgets):
+        if isinstance(budgets, list) and len(budgets) > MAX_ITEMS:
+            raise ValueError(f"{len(budgets)} budgets, and a request may have {MAX_ITEMS}")
+        return budgets
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -139,10 +152,10 @@ def read_request(body: bytes) -> ChatRequest:
     except ValidationError as error:
         # What was sent stays out of the message: it may be megabytes of a picture.
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(step) for step in first["loc"])
+    where = printable(".".join(str(step) for step in first["loc"]), 100)
     problem = "this server has no such field" if first["type"] == "extra_forbidden" else first["msg"]
     message = printable(f"{where}: {problem.removeprefix('Value error, ')}".removeprefix(": "))
-    raise RequestError(message, param=str(first["loc"][0]) if first["loc"] else None)
+    raise RequestError(message, param=printable(str(first["loc"][0]), 100) if first["loc"] else None)
 
 
 def address_of(part: ImagePart | VideoPart) -> str:

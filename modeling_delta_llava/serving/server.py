@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 from delta_llava.errors import UserError, printable, reason, told
@@ -40,11 +40,13 @@ from .. import asking
 from ..building import check_chat_template
 from ..processing_delta_llava import DOWNLOAD_SECONDS, MAX_DOWNLOAD_BYTES
 from .answering import Answer, Ended
-from .pictures import FORMATS, read_picture
+from .pictures import FORMATS, Sockets, read_picture
 from .reading import ChatRequest, RequestError, VideoPart, address_of, part_for_template, read_request
 
 KEY_VARIABLE = "DELTA_LLAVA_API_KEY"
 MAX_BODY_BYTES, BODY_SECONDS = 32 * 2**20, 60
+# Pixels of the pictures of a request together; Pillow itself takes about as many in one.
+MAX_PIXELS = 180_000_000
 # Connections at a time; more are answered with 503.
 MAX_CONNECTIONS = 128
 # No tokenizer makes fewer tokens of a text than it has characters, divided by this.
@@ -88,6 +90,19 @@ async def in_thread(function: Callable, *arguments):
     return await asyncio.wrap_future(future)
 
 
+async def unless_gone(request: Request, work: Awaitable):
+    """What `work` gives; it is cancelled when the client hangs up, which is all that comes from it behind the body."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+    finally:
+        working.cancel()
+        leaving.cancel()
+    return working.result()
+
+
 class Service:
     """
     The routes, around one model.
@@ -113,7 +128,9 @@ class Service:
         self.byte_ids = {vocabulary.get(f"<0x{byte:02X}>") for byte in range(256)}
         self.started = int(time.time())
         # One thread each: requests are prepared and answered in the order in which they came.
+        # Those with videos take long to read and wait for one another alone.
         self.preparing = concurrent.futures.ThreadPoolExecutor(1, "preparing")
+        self.watching = concurrent.futures.ThreadPoolExecutor(1, "watching")
         self.answering = concurrent.futures.ThreadPoolExecutor(1, "answering")
 
     def app(self) -> Starlette:
@@ -127,7 +144,7 @@ class Service:
 
     def close(self) -> None:
         """Waits for the threads; what was not begun is dropped."""
-        for executor in (self.preparing, self.answering):
+        for executor in (self.preparing, self.watching, self.answering):
             executor.shutdown(cancel_futures=True)
 
     async def health(self, request: Request) -> Response:
@@ -140,21 +157,26 @@ class Service:
 
     async def chat(self, request: Request) -> Response:
         self._check_key(request)
-        asked = read_request(await self._body(request))
+        asked = await in_thread(read_request, await self._body(request))
         if asked.model != self.name:
             message = f"no model {printable(asked.model)!r} here: this server has {self.name!r}"
             raise RequestError(message, 404, param="model", code="model_not_found")
         limit = self._limit(asked)
-        files = await self._fetch([address_of(part) for part in asked.media])
-        loop = asyncio.get_running_loop()
-        inputs = await loop.run_in_executor(self.preparing, self._prepare, asked, files)
+        files = await unless_gone(request, self._fetch([address_of(part) for part in asked.media]))
+        executor = self.watching if any(isinstance(part, VideoPart) for part in asked.media) else self.preparing
+        preparing = asyncio.get_running_loop().run_in_executor(executor, self._prepare, asked, files)
+        inputs = await unless_gone(request, preparing)
         prompt_tokens = inputs["input_ids"].shape[1]
         limit = self._room(prompt_tokens, asked, limit)
         answer = Answer(self._decode, asked.stop, self.end_ids, self.byte_ids)
         self.answering.submit(self._generate, answer, inputs, asked, limit)
         if asked.stream:
             return StreamingResponse(self._events(asked, answer, prompt_tokens), media_type="text/event-stream")
-        return await self._whole(request, answer, prompt_tokens)
+        text = await unless_gone(request, answer.whole())
+        message = {"role": "assistant", "content": text}
+        choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason}
+        usage = self._usage(answer, prompt_tokens)
+        return JSONResponse({**self._head("chat.completion"), "choices": [choice], "usage": usage})
 
     def _check_key(self, request: Request) -> None:
         if self.key is None:
@@ -203,11 +225,11 @@ class Service:
 
     async def _fetch(self, addresses: list[str]) -> list[bytes]:
         """The files of a request's pictures and videos, in order, within one limit of size and time."""
-        files, size = [], 0
+        files, size, sockets = [], 0, Sockets()
         try:
             async with asyncio.timeout(DOWNLOAD_SECONDS):
                 for address in addresses:
-                    files.append(await in_thread(read_picture, address, self.allowed))
+                    files.append(await in_thread(read_picture, address, self.allowed, sockets))
                     size += len(files[-1])
                     if size > MAX_DOWNLOAD_BYTES:
                         raise RequestError(
@@ -216,6 +238,8 @@ class Service:
         except TimeoutError:
             address = printable(addresses[len(files)], 100)
             raise RequestError(f"{address} was not there after {DOWNLOAD_SECONDS} seconds", param="messages") from None
+        finally:
+            sockets.shut()
         return files
 
     def _prepare(self, asked: ChatRequest, files: list[bytes]):
@@ -225,10 +249,14 @@ class Service:
             UserError: a picture or video cannot be read, a budget is illegal, or the template cannot show the
                 conversation.
         """
-        media = (
-            file if isinstance(part, VideoPart) else asking.decode_image(file, f"picture {number}", FORMATS)
-            for number, (part, file) in enumerate(zip(asked.media, files, strict=True), start=1)
-        )
+        media, pixels = [], MAX_PIXELS
+        for number, (part, file) in enumerate(zip(asked.media, files, strict=True), start=1):
+            if isinstance(part, VideoPart):
+                media.append(file)
+            else:
+                media.append(asking.decode_image(file, f"picture {number}", FORMATS, pixels))
+                pixels -= media[-1].width * media[-1].height
+        media = iter(media)
         conversation = [
             {"role": message.role, "content": [part_for_template(part, media) for part in message.content]}
             for message in asked.messages
@@ -257,8 +285,12 @@ class Service:
             return
         sampling = {"do_sample": False}
         if asked.temperature > 0:
-            sampling = {"do_sample": True, "temperature": asked.temperature, "top_p": asked.top_p}
-        if asked.seed is not None:
+            # transformers would leave all but the 50 likeliest tokens out.
+            top_k = self.network.generation_config.top_k or 0
+            sampling = {"do_sample": True, "temperature": asked.temperature, "top_p": asked.top_p, "top_k": top_k}
+        if asked.seed is None:
+            torch.seed()
+        else:
             torch.manual_seed(asked.seed)
         try:
             self.network.generate(
@@ -269,30 +301,10 @@ class Service:
                 streamer=answer,
                 stopping_criteria=StoppingCriteriaList([Ended(answer)]),
             )
-        except Exception as error:
-            answer.finish(error)
+        except BaseException as error:  # also a panic of the tokenizer, which is no Exception
+            answer.finish(error if isinstance(error, Exception) else RuntimeError(reason(error)))
         else:
             answer.finish()
-
-    async def _whole(self, request: Request, answer: Answer, prompt_tokens: int) -> Response:
-        """The answer in one piece, unless the client hangs up."""
-
-        async def text() -> str:
-            return "".join([piece async for piece in answer.pieces()])
-
-        # Behind the body, nothing comes from the client but its hanging up.
-        writing, leaving = asyncio.ensure_future(text()), asyncio.ensure_future(request.receive())
-        try:
-            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not writing.done():
-                raise ClientDisconnect
-        finally:
-            writing.cancel()
-            leaving.cancel()
-        message = {"role": "assistant", "content": writing.result()}
-        choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason}
-        usage = self._usage(answer, prompt_tokens)
-        return JSONResponse({**self._head("chat.completion"), "choices": [choice], "usage": usage})
 
     async def _events(self, asked: ChatRequest, answer: Answer, prompt_tokens: int) -> AsyncIterator[str]:
         """The answer as server-sent events."""

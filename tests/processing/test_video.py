@@ -278,7 +278,11 @@ OPTIONS = {
     "rate without a video": ([QUESTION], {"processor_kwargs": {"fps": 2}}, "num_frames and fps are for videos"),
     "frames of the part": ([{"type": "video", "path": "a.mp4", "num_frames": 2}], {}, "'num_frames'"),
     "all frames": ([{"type": "video", "path": "a.mp4"}], {"do_sample_frames": False}, "do_sample_frames"),
-    "half a frame": ([{"type": "video", "path": "a.mp4"}], {"num_frames": 2.5}, "num_frames=2.5 is no whole number"),
+    "half a frame": (
+        [{"type": "video", "path": "a.mp4"}],
+        {"num_frames": 2.5},
+        "2.5 frames cannot be shown",
+    ),
     "a rate in words": ([{"type": "video", "path": "a.mp4"}], {"fps": "2"}, "fps='2' is no number above 0"),
     "an endless rate": ([{"type": "video", "path": "a.mp4"}], {"fps": float("inf")}, "fps=inf is no number above 0"),
 }
@@ -346,8 +350,8 @@ UNUSABLE = {
     "no frames asked for": ({"video": [frame(1)]}, {"num_frames": 0}, "ask for 1 to 256"),
     "a negative rate": ({"path": "clip"}, {"fps": -1}, "fps=-1 is no number above 0"),
     "no number": ({"path": "clip"}, {"fps": float("nan")}, "fps=nan is no number above 0"),
-    "too many frames": ({"path": "clip"}, {"fps": 1000}, "2000 frames cannot be shown: ask for 1 to 256"),
-    "too many given": ({"video": [frame(1)] * 257}, {}, "257 frames cannot be shown: ask for 1 to 256"),
+    "too many frames": ({"path": "clip"}, {"num_frames": 257}, "257 frames cannot be shown: ask for 1 to 256"),
+    "too many given": ({"video": [frame(1)] * 257}, {}, "257 frames cannot be shown: a conversation has 1 to 256"),
 }
 
 

@@ -83,6 +83,13 @@ BROKEN = {
     "half a surrogate": (b'{"model": "shapes", "messages": [{"role": "user", "content": "\\ud800"}]}', 400, "JSON"),
     "no messages": ({"messages": []}, 400, "messages"),
     "messages null": ({"messages": None}, 400, "messages: Field required"),
+    "a million messages": (b'{"model": "shapes", "messages": [' + b"1," * 10**6 + b"1]}", 400, "messages"),
+    "a million parts": (
+        b'{"model": "shapes", "messages": [{"role": "user", "content": [' + b"{}," * 10**6 + b"{}]}]}",
+        400,
+        "content",
+    ),
+    "a field of a million letters": ({"x" * 10**6: 1}, 400, "no such field"),
     "unknown role": ({"messages": [{"role": "wizard", "content": "Hello"}]}, 400, "'system', 'user' or 'assistant'"),
     "empty message": ({"messages": [{"role": "user", "content": " "}]}, 400, "neither text nor picture"),
     "no content": ({"messages": [{"role": "user", "content": []}]}, 400, "neither text nor picture"),

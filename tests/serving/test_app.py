@@ -1,5 +1,6 @@
 """The conversation behind the page of `delta-llava app`, without Gradio (test_app_in_browser.py has the page)."""
 
+import asyncio
 import importlib.util
 import itertools
 import json
@@ -9,6 +10,7 @@ import threading
 
 import pytest
 import torch
+from PIL import Image
 
 from delta_llava import cli
 from delta_llava.errors import UserError
@@ -107,6 +109,45 @@ def test_bad_input_is_a_line(network, processor, pictures, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             [*app.stream(network, processor, [turn], budget, 3)]
+
+
+def test_pictures_are_bounded_together_before_they_are_decoded(network, processor, pictures, monkeypatch):
+    monkeypatch.setattr(app, "MAX_PIXELS", Image.open(pictures[0]).width * Image.open(pictures[0]).height + 10)
+    assert [*app.stream(network, processor, [Turn("What?", (pictures[0],))], 4, 3)]
+    with pytest.raises(UserError, match=r"^blue.png has .* pixels, and 10 are left"):
+        [*app.stream(network, processor, [Turn("What?", tuple(pictures))], 4, 3)]
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "body", "status"),
+    [
+        ("/gradio_api/queue/join", {"content-type": "multipart/form-data"}, b"x" * 1_000_001, 413),
+        ("/gradio_api/queue/join", {}, b'{"path": "https://example.com/a.png"}', 400),
+        ("/gradio_api/queue/join", {}, b"[[[", 400),
+        ("/gradio_api/upload", {"content-length": "330000001"}, b"", 413),
+        ("/gradio_api/upload", {}, b"", 413),
+        ("/gradio_api/upload", {"content-length": "5"}, b"12345", 200),
+        ("/gradio_api/queue/join", {}, b"{}", 200),
+    ],
+)
+def test_requests_are_bounded(path, headers, body, status):
+    pytest.importorskip("starlette")
+    sent = []
+
+    async def page(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200})
+        assert (await receive())["body"] == body
+
+    async def receive():
+        return {"type": "http.request", "body": body}
+
+    async def send(message):
+        sent.append(message)
+
+    pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": pairs, "query_string": b""}
+    asyncio.run(app.Bounded(page)(scope, receive, send))
+    assert sent[0]["status"] == status
 
 
 def test_an_error_inside_of_generate_ends_the_stream(network, processor, monkeypatch):

@@ -386,6 +386,74 @@ def test_what_never_comes_is_not_waited_for(service, monkeypatch):
         status, text = called(service.app(), body_of({"messages": shown(address)}))
         assert (status, "was not there" in text) == (400, True)
         assert time.monotonic() - start < 5
+        # The connection is closed, so that the thread behind it ends too.
+        connection, _ = silent.accept()
+        with connection:
+            connection.settimeout(10)
+            while connection.recv(4096):
+                pass
+
+
+def test_what_is_prepared_for_those_who_left_keeps_nobody_waiting(service, monkeypatch):
+    prepare, begun = service._prepare, []
+
+    def slow(asked, files):
+        begun.append(asked)
+        time.sleep(0.5)
+        return prepare(asked, files)
+
+    monkeypatch.setattr(service, "_prepare", slow)
+    app, start = service.app(), time.monotonic()
+    for _ in range(8):
+        called(app, body_of({}), leave_after=0)
+    assert called(app, body_of({}))[0] == 200
+    assert len(begun) < 8
+    assert time.monotonic() - start < 3
+
+
+def test_a_video_keeps_no_other_request_waiting(service, monkeypatch):
+    prepare, released = service._prepare, threading.Event()
+
+    def watched(asked, files):
+        if files:
+            assert released.wait(30)
+            raise RequestError("seen")
+        return prepare(asked, files)
+
+    monkeypatch.setattr(service, "_prepare", watched)
+    app = service.app()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        video = pool.submit(called, app, body_of({"messages": shown_video(b"a video")}))
+        assert called(app, body_of({}))[0] == 200
+        released.set()
+        assert video.result()[0] == 400
+
+
+def test_pictures_are_bounded_together_before_they_are_decoded(service, monkeypatch):
+    monkeypatch.setattr(server, "MAX_PIXELS", RED.width * RED.height + 10)
+    assert called(service.app(), body_of({"messages": shown(as_address(RED))}))[0] == 200
+    status, text = called(service.app(), body_of({"messages": shown(as_address(RED), as_address(RED))}))
+    assert (status, "picture 2 has" in text) == (400, True)
+
+
+def test_a_seed_is_for_one_request(service):
+    def asked(**fields) -> str:
+        text = called(service.app(), body_of({"max_tokens": 24, "temperature": 1.5, **fields}))[1]
+        return json.loads(text)["choices"][0]["message"]["content"]
+
+    free = {asked(seed=1) and asked() for _ in range(4)}
+    assert len(free) > 1
+
+
+def test_a_panic_of_the_tokenizer_ends_the_request(service, monkeypatch):
+    class Panic(BaseException):
+        pass
+
+    def fail(**inputs):
+        raise Panic
+
+    monkeypatch.setattr(service.network, "generate", fail)
+    assert called(service.app(), body_of({}))[0] == 500
 
 
 # Addresses.
@@ -397,7 +465,19 @@ def test_what_never_comes_is_not_waited_for(service, monkeypatch):
         *((address, True) for address in ("93.184.216.34", "2606:2800:220:1::1", "64:ff9b::5db8:d822")),
         *((address, False) for address in ("127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254")),
         *((address, False) for address in ("0.0.0.0", "100.64.0.1", "224.0.0.1", "255.255.255.255", "::", "::1")),
-        *((address, False) for address in ("fe80::1", "fe80::1%1", "fd00::1", "ff02::1", "::ffff:10.0.0.1")),
+        *(
+            (address, False)
+            for address in (
+                "fe80::1",
+                "fe80::1%1",
+                "fd00::1",
+                "fec0::1",
+                "64:ff9b:1::7f00:1",
+                "::127.0.0.1",
+                "ff02::1",
+                "::ffff:10.0.0.1",
+            )
+        ),
         *((address, False) for address in ("2002:7f00:1::", "64:ff9b::7f00:1", "::ffff:127.0.0.1")),
     ],
 )
