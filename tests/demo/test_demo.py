@@ -32,6 +32,7 @@ class Here:
         return future
 
 
+@pytest.mark.slow
 def test_the_whole_demo_runs_and_replaces_an_earlier_one(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(program, "ProcessPoolExecutor", Here)
     output = tmp_path / "demo"

@@ -78,6 +78,7 @@ def options(**settings):
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
+@pytest.mark.slow
 def test_both_recipes_from_the_hub_to_the_hub(hub, client, tmp_path, monkeypatch):
     """Language model and tower -> stage 1 -> stage 2, each pushed, and loaded by a process without this package."""
     layout = TrainingLayout()

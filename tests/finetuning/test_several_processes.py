@@ -56,6 +56,7 @@ def plain_step(arguments):
     return loss.item(), weights(model)
 
 
+@pytest.mark.slow
 def test_ddp_and_fsdp2_equal_one_process(settings, arguments, data_folder, tmp_path):
     """DDP: plain, elastic with accumulation, and resumed. FSDP2: a step on a mesh, the gathered save, and evaluation.
 
