@@ -28,12 +28,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 from common import machine, parser, print_table, start, write_result
 from safetensors.torch import save_file
 
 from modeling_delta_llava.conversion.configs import RELEASED_TOWER
-from modeling_delta_llava.conversion.source import available_memory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.training_layout import (
@@ -245,8 +245,9 @@ def measure_format(arguments: argparse.Namespace, work: Path, weights_format: st
     whole: dict[str, object] = {"skipped": "not asked for (--whole-model)"}
     if arguments.whole_model:
         needed = int(1.45 * nbytes)  # all weights, and a shard once more while it is saved
-        if available_memory() < needed:
-            whole = {"skipped": f"{needed / 1e9:.1f} GB of memory needed, {available_memory() / 1e9:.1f} GB available"}
+        available = psutil.virtual_memory().available
+        if available < needed:
+            whole = {"skipped": f"{needed / 1e9:.1f} GB of memory needed, {available / 1e9:.1f} GB available"}
         else:
             for name in ("model*.safetensors", "*.index.json"):
                 for path in hub.glob(name):
@@ -289,8 +290,9 @@ def write_tower_config(folder: Path, layout: TrainingLayout) -> Path:
 
 
 def run_answer(hub: Path, nbytes: int) -> str:
-    if available_memory() < 1.15 * nbytes:
-        return f"skipped: {1.15 * nbytes / 1e9:.1f} GB of memory needed, {available_memory() / 1e9:.1f} GB available"
+    available = psutil.virtual_memory().available
+    if available < 1.15 * nbytes:
+        return f"skipped: {1.15 * nbytes / 1e9:.1f} GB of memory needed, {available / 1e9:.1f} GB available"
     picture = Path(__file__).resolve().parents[1] / "assets" / "cat.jpg"
     command = [sys.executable, "-c", ANSWER, str(hub), str(picture)]
     with tempfile.TemporaryDirectory() as elsewhere:

@@ -4,7 +4,6 @@ Nothing is read here but headers: tensors are views of mapped files, whose pages
 out, and go again when memory is short.
 """
 
-import os
 import pickle
 import re
 import warnings
@@ -14,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -153,7 +153,7 @@ def _read_torch(path: Path, zipped: bool) -> dict[str, Tensor]:
     records: Counter[int] = Counter()
     if zipped:
         records = _check_archive(path)
-    elif path.stat().st_size > available_memory():
+    elif path.stat().st_size > psutil.virtual_memory().available:
         raise UserError(f"{path} is in the layout before torch 1.6, which is read whole, and larger than the memory")
     try:
         # Only the layout since torch 1.6, a zip archive, can be mapped.
@@ -218,15 +218,6 @@ def _check_storages(path: Path, tensors: Iterable[Tensor], records: Counter[int]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     if Counter(storages.values()) - records - Counter({0: len(storages)}):
         raise UserError(f"{path} is truncated or damaged (a tensor is larger than its record): download it again")
-
-
-def available_memory() -> int:
-    """Bytes of memory that can be used without swapping."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 # --- a folder --------------------------------------------------------------------------------------------------------

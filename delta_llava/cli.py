@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .errors import UserError, printable
+from .read_ahead import read_ahead
 from .redaction import scrub
 
 # The sections of `delta-llava --help`. A command names its own, `@app.command(rich_help_panel=USE)`, and stands below
@@ -193,6 +194,9 @@ def convert(
     progress: Annotated[bool, typer.Option(help="Show a progress bar on a terminal.")] = True,
 ) -> None:
     """Turn a checkpoint of Delta-LLaVA training into a Hub folder."""
+    if not dry_run:
+        read_ahead(source)
+
     from modeling_delta_llava.conversion.assemble import Options
     from modeling_delta_llava.conversion.convert import convert as convert_checkpoint
     from modeling_delta_llava.conversion.convert import preview
@@ -235,6 +239,9 @@ def export(
     progress: Annotated[bool, typer.Option(help="Show a progress bar on a terminal.")] = True,
 ) -> None:
     """Turn a Hub folder into a checkpoint of Delta-LLaVA training again."""
+    if not projector_only:
+        read_ahead(folder)
+
     from modeling_delta_llava.conversion.export import export as export_folder
 
     result = export_folder(

@@ -3,13 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from delta_llava.cli import main
-from modeling_delta_llava.conversion import verify as module
 from modeling_delta_llava.conversion.assemble import Options
 from modeling_delta_llava.conversion.convert import convert
 from modeling_delta_llava.conversion.verify import passed, verify
@@ -153,7 +154,7 @@ def test_a_merged_lora_is_compared_with_its_parts(sources, tmp_path):
 
 
 def test_numbers_are_skipped_without_memory(converted, sources, monkeypatch):
-    monkeypatch.setattr(module, "available_memory", lambda: 1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     checks = verify(converted, str(sources / "stage2"), progress=False)
     assert passed(checks)
     assert checks[-1].passed is None

@@ -1,0 +1,31 @@
+"""The weights of a folder into the system's file cache, while Python imports torch and transformers."""
+
+import contextlib
+import threading
+from pathlib import Path
+
+import psutil
+
+BLOCK_BYTES = 1 << 22
+
+
+def read_ahead(folder: str) -> None:
+    """Reads the weight files of a folder on a thread, so that a conversion finds them in memory.
+
+    The imports take 10 s and more, in which the disk has nothing to do. Nothing is read where the files would push one
+    another out of the memory again.
+    """
+    files = [path for suffix in ("safetensors", "bin") for path in sorted(Path(folder).glob(f"*.{suffix}"))]
+    with contextlib.suppress(OSError):  # told when the file is opened for its tensors
+        files = [path for path in files if path.is_file()]
+        if sum(path.stat().st_size for path in files) < psutil.virtual_memory().available:
+            threading.Thread(target=_read, args=(files,), daemon=True).start()
+
+
+def _read(files: list[Path]) -> None:
+    block = bytearray(BLOCK_BYTES)
+    with contextlib.suppress(OSError):
+        for path in files:
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(block):
+                    pass
