@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import wait
 from pathlib import Path
 
 from delta_llava.errors import UserError, printable, reason, told
@@ -37,10 +37,9 @@ def download(address: str) -> bytes:
     # Looking up a name and reading slow headers have no time limit of their own.
     content = in_daemon_thread(processing.download_picture, address)
     with told(f"{printable(address)} cannot be fetched", "save it, and give its path"):
-        try:
-            return content.result(timeout=processing.DOWNLOAD_SECONDS)
-        except FutureTimeoutError:
-            raise TimeoutError(f"not complete after {processing.DOWNLOAD_SECONDS} seconds") from None
+        if not wait([content], timeout=processing.DOWNLOAD_SECONDS).done:
+            raise TimeoutError(f"not complete after {processing.DOWNLOAD_SECONDS} seconds")
+        return content.result()
 
 
 def check_question(question: str) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import wait
 from functools import partial
 from importlib.metadata import version
 from typing import TypeVar
@@ -69,10 +69,9 @@ class _Client(httpx.Client):
         if request.method not in ("GET", "HEAD"):  # what is sent may take hours
             return super().send(request, stream=stream, **options)
         sending = in_daemon_thread(partial(super().send, request, stream=True, **options))
-        try:
-            response = sending.result(timeout=2 * SILENCE)
-        except FutureTimeoutError:
-            raise httpx.ReadTimeout(f"no answer within {2 * SILENCE:.0f} seconds", request=request) from None
+        if not wait([sending], timeout=2 * SILENCE).done:
+            raise httpx.ReadTimeout(f"no answer within {2 * SILENCE:.0f} seconds", request=request)
+        response = sending.result()
         if not stream:
             with contextlib.closing(response):
                 response.read()
@@ -87,9 +86,9 @@ def _limit_silence(request: httpx.Request) -> None:
 
 
 def _refuse_long_wait(response: httpx.Response) -> None:
-    wait = retry_after(response) if response.status_code in TRANSIENT else None
-    if wait is not None and wait > LONGEST_WAIT:
-        raise LongWaitError(f"the Hub asks to wait for {wait:.0f} s: run the same command again then")
+    asked = retry_after(response) if response.status_code in TRANSIENT else None
+    if asked is not None and asked > LONGEST_WAIT:
+        raise LongWaitError(f"the Hub asks to wait for {asked:.0f} s: run the same command again then")
 
 
 def _limit_answer(response: httpx.Response) -> None:
