@@ -15,9 +15,9 @@ def read_ahead(folder: str) -> None:
     The imports take 10 s and more, in which the disk has nothing to do. Nothing is read where the files would push one
     another out of the memory again.
     """
-    files = [path for suffix in ("safetensors", "bin") for path in sorted(Path(folder).glob(f"*.{suffix}"))]
-    with contextlib.suppress(OSError):  # told when the file is opened for its tensors
-        files = [path for path in files if path.is_file()]
+    with contextlib.suppress(OSError):  # told when the folder is opened for its tensors
+        found = [path for suffix in ("safetensors", "bin") for path in sorted(Path(folder).glob(f"*.{suffix}"))]
+        files = [path for path in found if path.is_file()]
         if sum(path.stat().st_size for path in files) < psutil.virtual_memory().available:
             threading.Thread(target=_read, args=(files,), daemon=True).start()
 

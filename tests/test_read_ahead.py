@@ -45,7 +45,7 @@ def test_nothing_is_read_that_does_not_fit(read, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_read_is_left_to_the_command(read, tmp_path):
-    assert read("someone/model") == read(tmp_path / "missing") == []
+    assert read("someone/model") == read(tmp_path / "missing") == read("a" * 5000) == []
     (tmp_path / "model-1.bin").symlink_to("model-1.bin")
     (tmp_path / "model-2.bin").mkdir()
     os.mkfifo(tmp_path / "model-3.bin")
