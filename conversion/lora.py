@@ -9,7 +9,7 @@ from torch import Tensor
 from delta_llava.errors import UserError, reason
 from modeling_delta_llava.conversion.source import FLOATING, Checkpoint
 from modeling_delta_llava.conversion.tables import describe_keys
-from modeling_delta_llava.conversion.weights import LowRankUpdate, Weight
+from modeling_delta_llava.conversion.write import LowRankUpdate, Weight
 
 # Settings of PEFT's LoraConfig that may say anything: they do not change `W + (alpha / r) B A` on the base as it is.
 _ADAPTER_SETTINGS = {

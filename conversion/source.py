@@ -347,9 +347,9 @@ def open_source(folder: Path, form: str | None = None) -> Source:
     if form == LORA and not (folder / "adapter_config.json").exists():
         raise UserError(f"{folder} lacks adapter_config.json: copy the one that training wrote there")
     if form == LORA:
-        weights = _single_file(folder, ADAPTER_FILES)
+        weights = single_file(folder, ADAPTER_FILES)
     elif form == STAGE1:
-        weights = _single_file(folder, (PROJECTOR_FILE,))
+        weights = single_file(folder, (PROJECTOR_FILE,))
     else:
         weights = read_checkpoint(folder)
         form = form or _form_of(weights.tensors, folder)
@@ -369,7 +369,7 @@ def open_source(folder: Path, form: str | None = None) -> Source:
     return Source(folder, form, config, weights)
 
 
-def _single_file(folder: Path, names: tuple[str, ...]) -> Checkpoint:
+def single_file(folder: Path, names: tuple[str, ...]) -> Checkpoint:
     name = next((name for name in names if (folder / name).exists()), None)
     if name is None:
         raise UserError(f"{folder} lacks {' or '.join(names)}: copy it there")
