@@ -6,7 +6,6 @@ its training say, and nothing else.
 
 import math
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from modeling_delta_llava.card import (
     PIPELINE_TAG,
     PLACEHOLDER,
     Facts,
-    load_card,
+    metadata_of,
     progress,
     render,
     state_of,
@@ -46,6 +45,7 @@ from modeling_delta_llava.hub_cards.variants import (
     paper_tables,
 )
 from modeling_delta_llava.json_files import read_json
+from modeling_delta_llava.sources import is_hub_id
 
 FIGURE, MEASURED_FIGURE = "scores.png", "measured.png"
 DEFAULT_REVISION = "v1.0"
@@ -257,18 +257,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _config_base_models(config: dict[str, Any]) -> tuple[str, ...]:
     """Hub ids that the config records for its language model and tower; paths are no ids."""
     names = [config[part].get("_name_or_path") for part in ("text_config", "vision_config")]
-    return tuple(
-        name for name in names if name and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not Path(name).exists()
-    )
-
-
-def _present(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The metadata of the folder's present card, and what it states as one of ours; empty without a readable card."""
-    try:
-        card = load_card(folder)
-    except (OSError, ValueError):
-        return {}, {}
-    return card.data.to_dict(), state_of(card)
+    return tuple(name for name in names if name and is_hub_id(str(name)))
 
 
 def _trainers_record(folder: Path) -> dict[str, Any] | None:
@@ -295,7 +284,7 @@ def gather_facts(
     config = read_config(folder)
     if variant and (differences := variant.shape_differences(config)):
         raise UserError(f"{folder} is not {variant.name}: {'; '.join(differences)}: leave out --variant")
-    present, state = _present(folder)
+    present = metadata_of(folder)
     bases = tuple(base_models) or ((variant.backbone.id, variant.tower.id) if variant else ())
     bases = bases or tuple(as_list(present.get("base_model"))) or _config_base_models(config)
     quantized, quantization = config.get("quantization_config"), None
@@ -320,7 +309,7 @@ def gather_facts(
         languages=variant.backbone.language if variant else tuple(as_list(present.get("language"))),
         relation="quantized" if quantized else "finetune",
         parameters=None if quantized else count_parameters(folder),
-        training=None if variant or quantized else state.get("training") or _trainers_record(folder),
+        training=None if variant or quantized else state_of(present).get("training") or _trainers_record(folder),
         quantization=quantization,
     )
 

@@ -1,7 +1,7 @@
 """The figures of a card: scores against visual tokens, as the paper prints them and as they were measured."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from delta_llava.errors import UserError
@@ -114,14 +114,11 @@ def draw_chart(chart: Chart) -> bytes:
     if chart.marked:
         tokens, score = chart.marked
         axes.plot(tokens, score, "o", color=OURS, ms=15, mfc="none", mew=2, label=f"this variant: {score:g}")
-    ticks = sorted({tokens for series in chart.series for tokens, _ in series.points} | {*(chart.marked or ())[:1]})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, list(map(str, ticks)))
+    _over_tokens(
+        axes, {tokens for series in chart.series for tokens, _ in series.points} | {*(chart.marked or ())[:1]}
+    )
     axes.set_xlabel("visual tokens per picture (logarithmic)")
     axes.set_title(f"{chart.title}\nas printed in {chart.sources} of arXiv {PAPER['arxiv']}", loc="left", fontsize=12)
-    axes.grid(axis="y", color="#e5e7eb")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.minorticks_off()
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return _png(figure)
 
@@ -140,17 +137,22 @@ def draw_scores(measured: Sequence[Measurement]) -> bytes:
             axes.plot(*zip(*printed, strict=True), "o--", color=FAINT, lw=1.5, ms=4, label="paper")
         points = [(entry.tokens, entry.value * entry.factor) for entry in entries]
         axes.plot(*zip(*points, strict=True), "o-", color=OURS, lw=2.5, ms=6, label="this model")
-        ticks = [entry.tokens for entry in entries]
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, list(map(str, ticks)))
-        axes.minorticks_off()
+        _over_tokens(axes, {entry.tokens for entry in entries})
         axes.set_title(title, loc="left", fontsize=11)
         axes.set_xlabel("visual tokens per picture", fontsize=9)
-        axes.grid(axis="y", color="#e5e7eb")
-        axes.spines[["top", "right"]].set_visible(False)
         if printed:
             axes.legend(frameon=False, fontsize=9)
     return _png(figure)
+
+
+def _over_tokens(axes, budgets: Collection[int]) -> None:
+    """Budgets as a logarithmic axis that names each of them."""
+    ticks = sorted(budgets)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, list(map(str, ticks)))
+    axes.minorticks_off()
+    axes.grid(axis="y", color="#e5e7eb")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def figure_class():

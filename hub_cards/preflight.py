@@ -113,7 +113,7 @@ def check_card(
     """
     _refuse(folder, card_problems(folder, paths), "mend the card, or write it anew with `delta-llava card`")
     card = load_card(folder)
-    state = state_of(card)
+    state = state_of(card.data.to_dict())
     if state and state.get("repo_id") != repo_id:
         raise UserError(
             f"{folder}/README.md: the snippets load {state.get('repo_id') or 'no repository'}, not {repo_id}: write "
@@ -201,4 +201,4 @@ def preflight(
     check_in_process(folder, load or quantized, not quantized)
     say("hashing")
     sources = {**{path: folder / path for path in paths}, **replaced}
-    return Preflight(sources, hash_files(sources), state_of(card).get("revision"))
+    return Preflight(sources, hash_files(sources), state_of(card.data.to_dict()).get("revision"))

@@ -20,6 +20,7 @@ from transformers import TrainerState, TrainingArguments
 from delta_llava.errors import UserError, reason
 
 from .configuration_delta_llava import TRANSFORMERS_RANGE
+from .sources import is_hub_id
 
 PAPER = {
     "title": "Delta-LLaVA: Base-then-Specialize Alignment for Token-Efficient Vision-Language Models",
@@ -147,9 +148,17 @@ def load_card(folder: Path) -> ModelCard:
         hub_logging.set_verbosity(verbosity)
 
 
-def state_of(card: ModelCard) -> dict[str, Any]:
-    """What a card of ours states about itself, see above; empty for another's."""
-    state = card.data.get(STATE)
+def metadata_of(folder: Path) -> dict[str, Any]:
+    """The metadata of a folder's present card; empty without a readable one."""
+    try:
+        return load_card(folder).data.to_dict()
+    except (OSError, ValueError):
+        return {}
+
+
+def state_of(metadata: dict[str, Any]) -> dict[str, Any]:
+    """What the metadata of a card of ours states about itself, see above; empty for another's."""
+    state = metadata.get(STATE)
     return state if isinstance(state, dict) else {}
 
 
@@ -231,9 +240,7 @@ def progress(state: TrainerState) -> dict[str, Any]:
 
 def hub_name(name: str | None) -> str | None:
     """`owner/name` as it is; nothing for paths, which mean nothing on another machine."""
-    if not name or Path(name).expanduser().exists() or name.startswith(("/", ".", "~")) or name.count("/") != 1:
-        return None
-    return name
+    return name if name and is_hub_id(name) else None
 
 
 def shown(name: str | None) -> str | None:
