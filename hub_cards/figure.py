@@ -111,12 +111,12 @@ def draw_chart(chart: Chart) -> bytes:
         axes.plot(*zip(*series.points, strict=True), "o-", color=colour, lw=width, ms=size, label=series.label)
     if chart.reference:
         axes.axhline(chart.reference[1], color=FAINT, linestyle="--", linewidth=1.5, label=chart.reference[0])
+    budgets = {tokens for series in chart.series for tokens, _ in series.points}
     if chart.marked:
         tokens, score = chart.marked
         axes.plot(tokens, score, "o", color=OURS, ms=15, mfc="none", mew=2, label=f"this variant: {score:g}")
-    _over_tokens(
-        axes, {tokens for series in chart.series for tokens, _ in series.points} | {*(chart.marked or ())[:1]}
-    )
+        budgets.add(tokens)
+    _over_tokens(axes, budgets)
     axes.set_xlabel("visual tokens per picture (logarithmic)")
     axes.set_title(f"{chart.title}\nas printed in {chart.sources} of arXiv {PAPER['arxiv']}", loc="left", fontsize=12)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -177,10 +177,6 @@ def test_every_snippet_parses_and_is_pinned():
             assert f'model_id = "user/{name}"\nrevision = "v1.0"\n' in snippet
         state = state_of(card_of(name).data.to_dict())
         assert state == {"repo_id": f"user/{name}", "revision": "v1.0", "variant": name}
-            "repo_id": f"user/{name}",
-            "revision": "v1.0",
-            "variant": name,
-        }
 
 
 @pytest.mark.parametrize("name", NAMES)
