@@ -417,25 +417,18 @@ def detect_projector(keys: Iterable[str], where: str) -> str:
 
 def refuse_unused_features(config: Mapping, keys: Iterable[str], where: Path) -> None:
     """Refuses, by name, features of the LLaVA code base that the Delta-LLaVA release never used."""
-    merge = config.get("mm_patch_merge_type") or "flat"
+    merge, feature = config.get("mm_patch_merge_type") or "flat", config.get("mm_vision_select_feature", "patch")
     aspect_ratio = str(config.get("image_aspect_ratio") or "square")
-    used = None
-    if aspect_ratio.startswith("anyres"):
-        used = f"image_aspect_ratio {aspect_ratio[:120]!r} (anyres tiling)"
-    elif merge != "flat":
-        used = f"mm_patch_merge_type {str(merge)[:120]!r} (spatial merge)"
-    elif config.get("s2"):
-        used = "s2 (multi-scale features)"
-    elif config.get("mm_use_im_start_end"):
-        used = "mm_use_im_start_end (<im_start> and <im_end> around images)"
-    elif config.get("quantization_config"):
-        used = "quantization_config (quantised weights)"
-    elif config.get("mm_vision_select_feature", "patch") not in ("patch", "cls_patch"):
-        used = f"mm_vision_select_feature {str(config['mm_vision_select_feature'])[:120]!r}"
-    for key in keys:
-        if key.endswith("image_newline"):
-            used = f"{key} (spatial or unpad merge)"
-        elif "vision_resampler" in key:
-            used = f"{key} (vision resampler)"
+    features = {
+        f"image_aspect_ratio {aspect_ratio[:120]!r} (anyres tiling)": aspect_ratio.startswith("anyres"),
+        f"mm_patch_merge_type {str(merge)[:120]!r} (spatial merge)": merge != "flat",
+        "s2 (multi-scale features)": config.get("s2"),
+        "mm_use_im_start_end (<im_start> and <im_end> around images)": config.get("mm_use_im_start_end"),
+        "quantization_config (quantised weights)": config.get("quantization_config"),
+        f"mm_vision_select_feature {str(feature)[:120]!r}": feature not in ("patch", "cls_patch"),
+    }
+    used = [name for name, is_used in features.items() if is_used]
+    used += [f"{key[:120]} (spatial or unpad merge)" for key in keys if key.endswith("image_newline")]
+    used += [f"{key[:120]} (vision resampler)" for key in keys if "vision_resampler" in key]
     if used:
-        raise UserError(f"{where} uses {used}, which Delta-LLaVA was never released with: not supported")
+        raise UserError(f"{where} uses {used[0]}, which Delta-LLaVA was never released with: not supported")
