@@ -66,7 +66,7 @@ def build_sub_config(fields: dict, where: Path):
     from transformers import AutoConfig
 
     check_sizes(fields, where)
-    fields = dict(fields)
+    fields = _without_meta(fields)
     with told(f"{where} cannot be used by transformers", "check its values"):
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
@@ -96,7 +96,7 @@ def tower_config_fields(folder: Path) -> dict:
 
 def ties_embeddings(text: dict, where: Path) -> bool:
     """Whether a language model's fields tie its head to the embedding, the family's default included."""
-    return bool(getattr(build_sub_config(_without_meta(text), where), "tie_word_embeddings", False))
+    return bool(getattr(build_sub_config(text, where), "tie_word_embeddings", False))
 
 
 def own_part(config: dict, name: str, where: Path) -> dict:
@@ -125,9 +125,10 @@ def build_config(
     Raises:
         UserError: the fields do not make a possible model.
     """
-    vision_config = build_sub_config(_without_meta(vision), where)
-    text_config = build_sub_config({**_without_meta(text), "vocab_size": vocab_size}, where)
+    vision_config = build_sub_config(vision, where)
+    text_config = build_sub_config({**text, "vocab_size": vocab_size}, where)
     text_config.use_cache = True
+    fields = {"vision_config": vision_config, "text_config": text_config}
     query_layer = training.get("mm_vision_select_layer", -2)
     tied = bool(getattr(text_config, "tie_word_embeddings", False))
     if projector == PLAIN:
@@ -136,9 +137,7 @@ def build_config(
         if text_config.model_type == "gemma":
             raise UserError(f"{where}: an MLP projector on Gemma has no native LLaVA form (its embeddings are scaled)")
         strategy = "full" if training.get("mm_vision_select_feature") == "cls_patch" else "default"
-        fields = {
-            "vision_config": vision_config,
-            "text_config": text_config,
+        fields |= {
             "image_token_index": image_token_id,
             "projector_hidden_act": "gelu",
             "vision_feature_select_strategy": strategy,
@@ -149,7 +148,7 @@ def build_config(
         }
         return _checked_config(LlavaConfig, fields, where)
     if training.get("model_type") == "delta_llava":
-        fields = _without_meta(training) | {"vision_config": vision_config, "text_config": text_config}
+        fields = _without_meta(training) | fields
         for name in ("model_type", "auto_map", "image_token_index"):
             fields.pop(name, None)
         return _checked_config(DeltaLlavaConfig, {**fields, "image_token_id": image_token_id}, where)
@@ -158,9 +157,7 @@ def build_config(
     tokens = _visual_tokens(training, vision_config, where)
     # Training's transformers scaled Gemma's input embeddings after the pictures were spliced in, pictures included.
     scale = text_config.hidden_size**0.5 if text_config.model_type == "gemma" else 1.0
-    fields = {
-        "vision_config": vision_config,
-        "text_config": text_config,
+    fields |= {
         "image_token_id": image_token_id,
         "num_visual_tokens": tokens,
         "trained_num_visual_tokens": [tokens],
@@ -283,7 +280,7 @@ TRAINING_FOLDER = "training"
 RECORD_FILE = f"{TRAINING_FOLDER}/record.json"
 # Rotary frequencies and position ids are smaller.
 RECORDED_BYTES = 64_000
-DTYPES = {
+RECORDED_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -319,7 +316,7 @@ def make_record(
     if isinstance(tower, str):
         # A path of the training machine means nothing elsewhere, and may name people.
         training["mm_vision_tower"] = tower if is_hub_id(tower) else Path(tower).name
-    names = {dtype: name for name, dtype in DTYPES.items()}
+    names = {dtype: name for name, dtype in RECORDED_DTYPES.items()}
     return {
         "form": form,
         "projector": projector,
@@ -348,7 +345,7 @@ def _kept_tensor(key: str, stored: dict) -> Tensor:
     if is_dropped(key) is None:
         raise ValueError(f"keeps {key[:120]!r}, a tensor that conversion never leaves out")
     try:
-        dtype, shape = DTYPES.get(stored["dtype"]), stored["shape"]
+        dtype, shape = RECORDED_DTYPES.get(stored["dtype"]), stored["shape"]
         data = bytearray(base64.b64decode(stored["base64"], validate=True))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"keeps {key!r} in no readable way ({type(error).__name__})") from error
