@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from delta_llava.errors import UserError, reason
+from delta_llava.errors import UserError, reason, told
 from modeling_delta_llava.conversion.tables import describe_keys
 from modeling_delta_llava.json_files import ADAPTED_CONFIG, read_json
 from modeling_delta_llava.sources import file_inside, read_weight_map
@@ -122,22 +122,18 @@ def read_weight_file(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise UserError(f"{path} is {'not a file' if path.exists() else 'missing'}: a weight file is expected")
-    try:
-        with open(path, "rb") as file:
-            start = file.read(len(LFS_POINTER))
-        if start == LFS_POINTER:
-            raise UserError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in {path.parent}")
-        if path.suffix == ".safetensors":
-            return _read_safetensors(path)
-        return _read_torch(path, zipped=start.startswith(b"PK\x03\x04"))
-    except UserError:
-        raise
-    except OSError as error:
-        why = error.strerror or reason(error)
-        raise UserError(f"{path} cannot be read ({why}): check its permissions and its disk") from error
-    # The libraries answer damage with errors of many classes: safetensors' own, RuntimeError, EOFError, KeyError, ...
-    except Exception as error:
-        raise UserError(f"{path} is truncated or damaged ({reason(error)}): download or save it again") from error
+    with told(f"{path} is truncated or damaged", "download or save it again"):
+        try:
+            with open(path, "rb") as file:
+                start = file.read(len(LFS_POINTER))
+            if start == LFS_POINTER:
+                raise UserError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in {path.parent}")
+            if path.suffix == ".safetensors":
+                return _read_safetensors(path)
+            return _read_torch(path, zipped=start.startswith(b"PK\x03\x04"))
+        except OSError as error:
+            why = error.strerror or reason(error)
+            raise UserError(f"{path} cannot be read ({why}): check its permissions and its disk") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import TrainerState
 
-from delta_llava.errors import UserError, reason
+from delta_llava.errors import UserError, told
 from modeling_delta_llava.card import (
     EXAMPLE,
     LICENCE_FIELDS,
@@ -216,11 +216,8 @@ def count_parameters(folder: Path) -> int | None:
     total = 0
     files = sorted(folder.glob("*.safetensors"))
     for path in files:
-        try:
-            with safe_open(path, framework="np") as file:
-                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged ({reason(error)}): convert or save it again") from error
+        with told(f"{path} is damaged", "convert or save it again"), safe_open(path, framework="np") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     return total if files else None
 
 
@@ -265,10 +262,8 @@ def _trainers_record(folder: Path) -> dict[str, Any] | None:
     file = folder / TRAINER_STATE_FILE
     if not file.is_file():
         return None
-    try:
+    with told(f"{file} cannot be read", "delete it or restore it"):
         return progress(TrainerState.load_from_json(str(file)))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} cannot be read ({reason(error)}): delete it or restore it") from error
 
 
 def gather_facts(

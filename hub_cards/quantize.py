@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from delta_llava.errors import UserError, reason
+from delta_llava.errors import UserError, told
 from modeling_delta_llava.asking import check_device
 from modeling_delta_llava.card import SKIP_MODULES, metadata_of, state_of
 from modeling_delta_llava.folders import atomic_folder, check_output, check_space
@@ -40,12 +40,8 @@ def _check(folder: Path, output: Path, bits: int, base_model: str | None, repo_i
         )
     # Room for the half of 16 bits, and for what is not quantised.
     check_space(output, sum(file.stat().st_size for file in folder.glob("*.safetensors")) * bits // 12)
-    try:
+    with told("bitsandbytes cannot be imported", 'pip install "delta-llava[quantization]"'):
         import bitsandbytes  # noqa: F401 (transformers needs it)
-    except ImportError as error:
-        raise UserError(
-            f'bitsandbytes cannot be imported ({reason(error)}): pip install "delta-llava[quantization]"'
-        ) from error
     return known
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 import transformers
 import yaml
@@ -17,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import logging as hub_logging
 from transformers import TrainerState, TrainingArguments
 
-from delta_llava.errors import UserError, reason
+from delta_llava.errors import reason, told
 
 from .configuration_delta_llava import TRANSFORMERS_RANGE
 from .sources import is_hub_id
@@ -92,7 +91,8 @@ def render(facts: Facts, results: Sequence[EvalResult] = (), **variant: Any) -> 
     side = vision["image_size"] // vision["patch_size"]
     budgets = [(side // scale) ** 2 for scale in range(1, side + 1) if side % scale == 0]
     tokens = facts.config["num_visual_tokens"]
-    try:
+    advice = f"delete `{STATE}` from the metadata of the present one"
+    with told(f"the card of {facts.name} cannot be written", advice):
         return ModelCard.from_template(
             _metadata(facts, results),
             template_path=str(TEMPLATE),
@@ -108,11 +108,6 @@ def render(facts: Facts, results: Sequence[EvalResult] = (), **variant: Any) -> 
             transformers_range=TRANSFORMERS_RANGE,
             **{"details": (), **variant},
         )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise UserError(
-            f"the card of {facts.name} cannot be written ({reason(error)}): delete `{STATE}` from the metadata of the "
-            "present one"
-        ) from error
 
 
 def _metadata(facts: Facts, results: Sequence[EvalResult]) -> ModelCardData:
