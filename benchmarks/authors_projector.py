@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from modeling_delta_llava.conversion.tables import DELTA_ROWS, PROJECTOR, TRAINED_PROJECTOR, backwards, new_name
-from modeling_delta_llava.conversion.weights import with_parts_joined
+from modeling_delta_llava.conversion.write import with_parts_joined
 from modeling_delta_llava.projector_delta_llava import DeltaLlavaProjector
 from tests.conversion.reference import delta_projector, sincos_table
 

@@ -9,9 +9,7 @@ import torch
 
 from delta_llava.errors import UserError, told
 from modeling_delta_llava.building import MAX_APPENDED_ROWS, load_tokenizer
-from modeling_delta_llava.conversion import configs
-from modeling_delta_llava.conversion.lora import check_adapter_config, low_rank_factors, merged, without_peft
-from modeling_delta_llava.conversion.record import make_record, read_record
+from modeling_delta_llava.conversion import configs, lora, tables
 from modeling_delta_llava.conversion.source import (
     DELTA,
     FINETUNED,
@@ -28,28 +26,10 @@ from modeling_delta_llava.conversion.source import (
     open_source,
     read_checkpoint,
     refuse_unused_features,
+    single_file,
 )
-from modeling_delta_llava.conversion.tables import (
-    EMBEDDING,
-    HEAD,
-    HUB_ROWS,
-    PROJECTOR,
-    TOWER,
-    TOWER_REPOSITORY_DROPPED,
-    TOWER_REPOSITORY_ROWS,
-    TRAINED_PROJECTOR,
-    Table,
-    describe_keys,
-    rename,
-    training_table,
-)
-from modeling_delta_llava.conversion.weights import (
-    Weights,
-    check_weights,
-    same_values,
-    stored_weight,
-    with_parts_split,
-)
+from modeling_delta_llava.conversion.tables import EMBEDDING, HEAD, PROJECTOR, TOWER, Table, describe_keys
+from modeling_delta_llava.conversion.write import Weights, check_weights, same_values, stored_weight, with_parts_split
 from modeling_delta_llava.json_files import check_files, read_json
 from modeling_delta_llava.sources import file_inside, local_folder
 
@@ -94,60 +74,15 @@ class Model:
         return any(name.startswith(TOWER) for name in self.weights)
 
 
-@dataclass
-class Assembly:
-    """A Hub folder, ready to be written, compared (`verify`) or shown (`--dry-run`).
+@dataclass(kw_only=True)
+class Found:
+    """What was opened on the way, and what there is to say about it.
 
     Attributes:
-        config: the Hub folder's configuration object.
-        weights: what to write, by name in the model.
-        dropped: source key -> why it is not written.
         folders: every folder that is read, by role.
         checkpoints: every checkpoint whose files are mapped.
-        tokenizer_folder: where the tokenizer came from.
-        generation_file: the source's `generation_config.json`, if it has one.
-        processor: a whole processor that the source brings and that is taken over; None: one is built.
-        training: the source's configuration as written.
-        source_rows: embedding rows before padding.
-        record: what export needs to restore the training layout; None where there was none.
+        dropped: source key -> why it is not written.
     """
-
-    form: str
-    projector: str
-    config: object
-    weights: Weights
-    dropped: dict[str, str]
-    folders: dict[str, Path]
-    checkpoints: list[Checkpoint]
-    tokenizer: object
-    image_token: str
-    tokenizer_folder: Path
-    processor: object | None
-    preprocessor: dict | None
-    generation_file: Path | None
-    training: dict
-    source_rows: int
-    record: dict | None
-    notes: list[str]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(weight.nbytes for weight in self.weights.values())
-
-    @property
-    def added_rows(self) -> range:
-        """Embedding rows that conversion adds; none of them may be generated."""
-        return range(self.source_rows, self.config.text_config.vocab_size)
-
-    def check_sources_unchanged(self) -> None:
-        """Raises `UserError` if a file was changed since it was opened."""
-        for checkpoint in self.checkpoints:
-            checkpoint.check_unchanged()
-
-
-@dataclass
-class _Found:
-    """What was opened on the way, and what there is to say about it."""
 
     folders: dict[str, Path] = field(default_factory=dict)
     checkpoints: list[Checkpoint] = field(default_factory=list)
@@ -162,10 +97,55 @@ class _Found:
 
     def renamed(self, checkpoint: Checkpoint, keys: Mapping[str, str], table: Table, where: str, **dropped) -> Weights:
         """Weights under model names; `keys` gives the training key of each stored one."""
-        names, left_out = rename(keys.values(), table, where, **dropped)
+        names, left_out = tables.rename(keys.values(), table, where, **dropped)
         origin = {key: stored for stored, key in keys.items()}
         self.dropped |= {origin[key]: why for key, why in left_out.items()}
         return {name: stored_weight(checkpoint, origin[key]) for key, name in names.items()}
+
+    def check_sources_unchanged(self) -> None:
+        """Raises `UserError` if a file was changed since it was opened."""
+        for checkpoint in self.checkpoints:
+            checkpoint.check_unchanged()
+
+
+@dataclass(kw_only=True)
+class Assembly(Found):
+    """A Hub folder, ready to be written, compared (`verify`) or shown (`--dry-run`).
+
+    Attributes:
+        config: the Hub folder's configuration object.
+        weights: what to write, by name in the model.
+        tokenizer_folder: where the tokenizer came from.
+        processor: a whole processor that the source brings and that is taken over; None: one is built.
+        preprocessor: the tower's own settings, for the one that is built.
+        generation_file: the source's `generation_config.json`, if it has one.
+        training: the source's configuration as written.
+        source_rows: embedding rows before padding.
+        record: what export needs to restore the training layout; None where there was none.
+    """
+
+    form: str
+    projector: str
+    config: object
+    weights: Weights
+    tokenizer: object
+    image_token: str
+    tokenizer_folder: Path
+    processor: object | None
+    preprocessor: dict | None
+    generation_file: Path | None
+    training: dict
+    source_rows: int
+    record: dict | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(weight.nbytes for weight in self.weights.values())
+
+    @property
+    def added_rows(self) -> range:
+        """Embedding rows that conversion adds; none of them may be generated."""
+        return range(self.source_rows, self.config.text_config.vocab_size)
 
 
 def assemble(source: str, options: Options) -> Assembly:
@@ -176,7 +156,7 @@ def assemble(source: str, options: Options) -> Assembly:
     """
     if options.dtype not in DTYPES:
         raise UserError(f"--dtype {options.dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
-    found = _Found()
+    found = Found()
     opened = open_source(local_folder(source, "SOURCE", options.revision), options.form)
     found.opened("SOURCE", opened.folder, opened.weights)
     model = {STAGE1: _stage1_model, LORA: _adapted_model}.get(opened.form, _complete_model)(opened, options, found)
@@ -186,7 +166,7 @@ def assemble(source: str, options: Options) -> Assembly:
     else:
         text = configs.text_config_fields(model.config, model.config_path)
     whole, model = model, _without_tied_head(model, text, found)
-    source_rows = vocabulary_rows(model.weights)
+    source_rows = _vocabulary_rows(model.weights)
     tokenizer, image_token, tokenizer_folder, processor = _tokenizer(
         model, opened.folder, text["model_type"], source_rows, found
     )
@@ -207,16 +187,28 @@ def assemble(source: str, options: Options) -> Assembly:
     if wanted is not None:
         weights = {name: replace(weight, dtype=wanted) for name, weight in weights.items()}
     config.dtype = weights[EMBEDDING].dtype
+    record = None  # of a projector or an adapter on a Hub folder, which no training checkpoint belongs to
+    if opened.form == FINETUNED:
+        record = configs.read_record(opened.folder)
+    elif not model.is_ours:
+        record = configs.make_record(
+            form=opened.form,
+            projector=model.projector,
+            training=model.config,
+            vision_tower=options.vision_tower,
+            vocabulary_rows=source_rows,
+            tower_keys=model.tower_keys,
+            tied_head_saved=HEAD in whole.weights and HEAD not in model.weights,
+            tensors=opened.weights.tensors if opened.form == STAGE2 else {},
+        )
     places = (folder / "generation_config.json" for folder in (opened.folder, tokenizer_folder))
     return Assembly(
+        **vars(found),
         form=opened.form,
         projector=model.projector,
         config=config,
         # In the order in which they lie in the files, so that reading is sequential.
         weights=dict(sorted(weights.items(), key=lambda item: (str(item[1].file), item[1].stored.data_ptr()))),
-        dropped=found.dropped,
-        folders=found.folders,
-        checkpoints=found.checkpoints,
         tokenizer=tokenizer,
         image_token=image_token,
         tokenizer_folder=tokenizer_folder,
@@ -225,44 +217,21 @@ def assemble(source: str, options: Options) -> Assembly:
         generation_file=next((path for path in places if path.is_file()), None),
         training=model.config,
         source_rows=source_rows,
-        record=_record(opened, whole, model, options),
-        notes=found.notes,
-    )
-
-
-def _record(opened: Source, whole: Model, model: Model, options: Options) -> dict | None:
-    """What export needs: the record that the source brings, or a new one; None when the source was never converted.
-
-    Args:
-        whole: the model before a tied head was taken out.
-    """
-    if opened.form == FINETUNED:
-        return read_record(opened.folder)
-    if model.is_ours:  # a projector or an adapter on a Hub folder
-        return None
-    return make_record(
-        form=opened.form,
-        projector=model.projector,
-        training=model.config,
-        vision_tower=options.vision_tower,
-        vocabulary_rows=vocabulary_rows(model.weights),
-        tower_keys=model.tower_keys,
-        tied_head_saved=HEAD in whole.weights and HEAD not in model.weights,
-        tensors=opened.weights.tensors if opened.form == STAGE2 else {},
+        record=record,
     )
 
 
 # --- the three kinds of source ---------------------------------------------------------------------------------------
 
 
-def _complete_model(opened: Source, options: Options, found: _Found) -> Model:
+def _complete_model(opened: Source, options: Options, found: Found) -> Model:
     model = _model_of(opened.weights, opened.folder, opened.config, found)
     if model.projector is None:
         raise UserError(f"SOURCE {opened.folder} has no projector tensors: --form {opened.form} does not fit it")
     return model
 
 
-def _stage1_model(opened: Source, options: Options, found: _Found) -> Model:
+def _stage1_model(opened: Source, options: Options, found: Found) -> Model:
     path = opened.folder / PROJECTOR_FILE
     tensors = opened.weights.tensors
     extra = [key for key in tensors if "embed_tokens" in key or "embed_in" in key]
@@ -270,7 +239,7 @@ def _stage1_model(opened: Source, options: Options, found: _Found) -> Model:
         raise UserError(f"{path} holds {describe_keys(extra)} (mm_use_im_start_end), which is not supported")
     kind = detect_projector(tensors, str(path))
     keys = {key: _stage1_key(key) for key in tensors}
-    projector = found.renamed(opened.weights, keys, training_table(kind == PLAIN), str(path))
+    projector = found.renamed(opened.weights, keys, tables.training_table(kind == PLAIN), str(path))
     base = _base_model(opened, options, found)
     weights = {name: weight for name, weight in base.weights.items() if not name.startswith(PROJECTOR)}
     weights |= with_parts_split(projector)
@@ -284,28 +253,27 @@ def _stage1_key(key: str) -> str:
     return re.sub(r"^(base_model\.model\.|module\.)?(model\.)?(?=mm_projector\.)", "model.", key)
 
 
-def _adapted_model(opened: Source, options: Options, found: _Found) -> Model:
+def _adapted_model(opened: Source, options: Options, found: Found) -> Model:
     settings_path = opened.folder / "adapter_config.json"
     settings = read_json(file_inside(opened.folder, settings_path.name, "SOURCE"))
-    check_adapter_config(settings, str(settings_path))
+    lora.check_adapter_config(settings, str(settings_path))
     where = str(next(iter(opened.weights.identities)))
-    factors = low_rank_factors(opened.weights, where)
+    factors = lora.low_rank_factors(opened.weights, where)
     checkpoint = opened.weights
     if (opened.folder / NON_LORA_FILE).exists():
-        others = Checkpoint()
-        others.add(file_inside(opened.folder, NON_LORA_FILE, "SOURCE"))
+        others = single_file(opened.folder, (NON_LORA_FILE,))
         found.checkpoints.append(others)
-        low_rank_factors(others, str(opened.folder / NON_LORA_FILE), expected=False)
-        checkpoint = _joined(checkpoint, others)
-    # By the name that training gives it: what the second file says of a tensor counts.
-    by_name = {without_peft(key): key for key in checkpoint.tensors if ".lora_" not in key}
+        lora.low_rank_factors(others, str(opened.folder / NON_LORA_FILE), expected=False)
+        # What this file says of a tensor counts.
+        checkpoint = Checkpoint(checkpoint.tensors | others.tensors, checkpoint.files | others.files)
+    by_name = {lora.without_peft(key): key for key in checkpoint.tensors if ".lora_" not in key}
     trained = {key: name for name, key in by_name.items() if name is not None}
     refuse_unused_features(opened.config, trained.values(), opened.folder)
     base = _base_model(opened, options, found)
     if base.is_ours:
         budgets = {name: opened.config[name] for name in BUDGET_FIELDS if name in opened.config}
         model = replace(base, config=base.config | budgets, tower_keys=None)
-        table: Table = HUB_ROWS
+        table: Table = tables.HUB_ROWS
     else:
         if not opened.config:
             raise UserError(f"{opened.folder} lacks config.json: copy the one that training wrote there")
@@ -317,27 +285,22 @@ def _adapted_model(opened: Source, options: Options, found: _Found) -> Model:
             )
         kind = detect_projector(trained.values(), where) if has_projector else base.projector
         model = Model(base.weights, kind, opened.config, opened.folder / "config.json")
-        table = training_table(kind == PLAIN, tower_form(trained.values()))
+        table = tables.training_table(kind == PLAIN, tower_form(trained.values()))
     overlay = found.renamed(checkpoint, trained, table, str(opened.folder))
     weights = base.weights | (overlay if base.is_ours else with_parts_split(overlay))
     found.notes.append(f"{len(factors)} weights get their LoRA update, merged in fp32 and rounded once")
-    names, _ = rename(factors, table, where, dropped={})
+    names, _ = tables.rename(factors, table, where, dropped={})
     for key, (factor_a, factor_b) in factors.items():
         name = names[key]
         if name not in weights:
             raise UserError(
                 f"{where} adapts {key}, which the base model does not have: is --base-model the right one?"
             )
-        weights[name] = merged(weights[name], key, factor_a, factor_b, settings, where)
+        weights[name] = lora.merged(weights[name], key, factor_a, factor_b, settings, where)
     return replace(model, weights=weights)
 
 
-def _joined(first: Checkpoint, second: Checkpoint) -> Checkpoint:
-    """Two files as one, the second before the first where both have a key."""
-    return Checkpoint(first.tensors | second.tensors, first.files | second.files)
-
-
-def _base_model(opened: Source, options: Options, found: _Found) -> Model:
+def _base_model(opened: Source, options: Options, found: Found) -> Model:
     if options.base_model is None:
         raise UserError(
             f"SOURCE {opened.folder} is a {FORM_NAMES[opened.form]}: pass the model it was trained on as "
@@ -349,17 +312,18 @@ def _base_model(opened: Source, options: Options, found: _Found) -> Model:
     return _model_of(checkpoint, folder, read_json(folder / "config.json"), found)
 
 
-def _model_of(checkpoint: Checkpoint, folder: Path, config: dict, found: _Found) -> Model:
+def _model_of(checkpoint: Checkpoint, folder: Path, config: dict, found: Found) -> Model:
     """A whole model in the training layout (with or without a projector) or in this project's own."""
     keys = {key: key for key in checkpoint.tensors}
     path = folder / "config.json"
     if any(PROJECTOR in key for key in keys):
-        return Model(found.renamed(checkpoint, keys, HUB_ROWS, str(folder)), DELTA, config, path)
+        return Model(found.renamed(checkpoint, keys, tables.HUB_ROWS, str(folder)), DELTA, config, path)
     kind = None
-    if any(key.startswith(TRAINED_PROJECTOR) for key in keys):
+    if any(key.startswith(tables.TRAINED_PROJECTOR) for key in keys):
         kind = detect_projector(keys, str(folder))
     form = tower_form(keys)
-    weights = with_parts_split(found.renamed(checkpoint, keys, training_table(kind == PLAIN, form), str(folder)))
+    table = tables.training_table(kind == PLAIN, form)
+    weights = with_parts_split(found.renamed(checkpoint, keys, table, str(folder)))
     return Model(weights, kind, config, path, form if any(name.startswith(TOWER) for name in weights) else None)
 
 
@@ -371,7 +335,7 @@ def tower_form(keys) -> str:
 # --- tower, vocabulary, tokenizer ------------------------------------------------------------------------------------
 
 
-def _with_tower(model: Model, source: Path, options: Options, found: _Found) -> tuple[Model, dict, dict | None]:
+def _with_tower(model: Model, source: Path, options: Options, found: Found) -> tuple[Model, dict, dict | None]:
     """The model with its tower; that one's config fields and preprocessor settings."""
     wanted = options.vision_tower
     if wanted is None and model.has_tower and model.is_ours:
@@ -399,9 +363,8 @@ def _with_tower(model: Model, source: Path, options: Options, found: _Found) -> 
     checkpoint = read_checkpoint(folder)
     found.opened("--vision-tower", folder, checkpoint)
     keys = {key: key for key in checkpoint.tensors}
-    tower = found.renamed(
-        checkpoint, keys, TOWER_REPOSITORY_ROWS, f"vision tower {folder}", dropped=TOWER_REPOSITORY_DROPPED
-    )
+    dropped = tables.TOWER_REPOSITORY_DROPPED
+    tower = found.renamed(checkpoint, keys, tables.TOWER_REPOSITORY_ROWS, f"vision tower {folder}", dropped=dropped)
     rest = {key: weight for key, weight in model.weights.items() if not key.startswith(TOWER)}
     return replace(model, weights=rest | tower, tower_keys=None), fields, settings
 
@@ -420,7 +383,7 @@ def _tower_folder(name: str, source: Path, config_path: Path, given: bool, weigh
         raise UserError(f"{error} (mm_vision_tower in {config_path}); or pass --vision-tower") from error
 
 
-def _without_tied_head(model: Model, text: dict, found: _Found) -> Model:
+def _without_tied_head(model: Model, text: dict, found: Found) -> Model:
     """The model without a head that is tied to the embedding."""
     head, embedding = model.weights.get(HEAD), model.weights.get(EMBEDDING)
     if head is None or embedding is None or not configs.ties_embeddings(text, model.config_path):
@@ -435,7 +398,7 @@ def _without_tied_head(model: Model, text: dict, found: _Found) -> Model:
     return replace(model, weights={name: weight for name, weight in model.weights.items() if name != HEAD})
 
 
-def vocabulary_rows(weights: Weights) -> int:
+def _vocabulary_rows(weights: Weights) -> int:
     """Rows of the embedding in the checkpoint.
 
     Raises:
@@ -471,7 +434,7 @@ def _with_rows(weights: Weights, rows: int) -> Weights:
     return padded
 
 
-def _tokenizer(model: Model, source: Path, model_type: str, rows: int, found: _Found):
+def _tokenizer(model: Model, source: Path, model_type: str, rows: int, found: Found):
     """The tokenizer, its image token, its folder, and the processor of our own that it belongs to, if any."""
     from modeling_delta_llava.processing_delta_llava import DeltaLlavaProcessor
 

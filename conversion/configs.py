@@ -1,13 +1,21 @@
-"""Configurations: from what training wrote to what transformers loads, and back."""
+"""Configurations, from what training wrote to what transformers loads; and the record that leads back."""
 
+import base64
 import copy
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from delta_llava.errors import UserError, told
 from modeling_delta_llava.configuration_delta_llava import DEFAULT_VISION_CONFIG, DeltaLlavaConfig
 from modeling_delta_llava.conversion.source import PLAIN
+from modeling_delta_llava.conversion.tables import HEAD, TOWER, TOWER_ROWS, is_dropped
 from modeling_delta_llava.json_files import check_sizes, read_json
+from modeling_delta_llava.sources import file_inside, is_hub_id
 
 # Fields of a training config that describe the multimodal part or the run; the rest is the language model's.
 _TRAINING_FIELDS = re.compile(
@@ -31,10 +39,11 @@ _FAMILIES = {
 # where the Hub cannot be reached.
 RELEASED_TOWER = DEFAULT_VISION_CONFIG | {"hidden_act": "quick_gelu"}
 KNOWN_TOWERS = {"clip-vit-large-patch14-336": RELEASED_TOWER}
+Shapes = dict[str, tuple[int, ...]]
 
 
-def text_model_type(config: dict, where: Path) -> str:
-    """transformers' type of the language model in a training config (`llava_llama` -> `llama`).
+def text_config_fields(config: dict, where: Path) -> dict:
+    """The language model's own fields of a training config, with `model_type` as transformers has it (`llama`).
 
     Raises:
         UserError: a family that is not supported.
@@ -44,13 +53,8 @@ def text_model_type(config: dict, where: Path) -> str:
     if family not in _FAMILIES:
         supported = ", ".join(sorted(set(_FAMILIES.values())))
         raise UserError(f"{where} has model_type {written!r}, a language model that is not supported ({supported})")
-    return _FAMILIES[family]
-
-
-def text_config_fields(config: dict, where: Path) -> dict:
-    """The language model's own fields of a training config, with `model_type`."""
     fields = {name: value for name, value in config.items() if not _TRAINING_FIELDS.fullmatch(name)}
-    return {"model_type": text_model_type(config, where), **fields}
+    return {"model_type": _FAMILIES[family], **fields}
 
 
 def build_sub_config(fields: dict, where: Path):
@@ -62,7 +66,7 @@ def build_sub_config(fields: dict, where: Path):
     from transformers import AutoConfig
 
     check_sizes(fields, where)
-    fields = dict(fields)
+    fields = _without_meta(fields)
     with told(f"{where} cannot be used by transformers", "check its values"):
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
@@ -92,7 +96,7 @@ def tower_config_fields(folder: Path) -> dict:
 
 def ties_embeddings(text: dict, where: Path) -> bool:
     """Whether a language model's fields tie its head to the embedding, the family's default included."""
-    return bool(getattr(build_sub_config(_without_meta(text), where), "tie_word_embeddings", False))
+    return bool(getattr(build_sub_config(text, where), "tie_word_embeddings", False))
 
 
 def own_part(config: dict, name: str, where: Path) -> dict:
@@ -121,9 +125,10 @@ def build_config(
     Raises:
         UserError: the fields do not make a possible model.
     """
-    vision_config = build_sub_config(_without_meta(vision), where)
-    text_config = build_sub_config({**_without_meta(text), "vocab_size": vocab_size}, where)
+    vision_config = build_sub_config(vision, where)
+    text_config = build_sub_config({**text, "vocab_size": vocab_size}, where)
     text_config.use_cache = True
+    fields = {"vision_config": vision_config, "text_config": text_config}
     query_layer = training.get("mm_vision_select_layer", -2)
     tied = bool(getattr(text_config, "tie_word_embeddings", False))
     if projector == PLAIN:
@@ -132,9 +137,7 @@ def build_config(
         if text_config.model_type == "gemma":
             raise UserError(f"{where}: an MLP projector on Gemma has no native LLaVA form (its embeddings are scaled)")
         strategy = "full" if training.get("mm_vision_select_feature") == "cls_patch" else "default"
-        fields = {
-            "vision_config": vision_config,
-            "text_config": text_config,
+        fields |= {
             "image_token_index": image_token_id,
             "projector_hidden_act": "gelu",
             "vision_feature_select_strategy": strategy,
@@ -145,7 +148,7 @@ def build_config(
         }
         return _checked_config(LlavaConfig, fields, where)
     if training.get("model_type") == "delta_llava":
-        fields = _without_meta(training) | {"vision_config": vision_config, "text_config": text_config}
+        fields = _without_meta(training) | fields
         for name in ("model_type", "auto_map", "image_token_index"):
             fields.pop(name, None)
         return _checked_config(DeltaLlavaConfig, {**fields, "image_token_id": image_token_id}, where)
@@ -154,9 +157,7 @@ def build_config(
     tokens = _visual_tokens(training, vision_config, where)
     # Training's transformers scaled Gemma's input embeddings after the pictures were spliced in, pictures included.
     scale = text_config.hidden_size**0.5 if text_config.model_type == "gemma" else 1.0
-    fields = {
-        "vision_config": vision_config,
-        "text_config": text_config,
+    fields |= {
         "image_token_id": image_token_id,
         "num_visual_tokens": tokens,
         "trained_num_visual_tokens": [tokens],
@@ -196,20 +197,16 @@ def _without_meta(fields: dict) -> dict:
     return {name: value for name, value in fields.items() if name not in dropped}
 
 
-def build_meta_model(config, projector: str):
-    """The model of a config on the meta device: names and shapes without memory."""
-    import torch
+def model_class(projector: str) -> type:
+    """The class that loads a Hub folder with this projector."""
     from transformers import LlavaForConditionalGeneration
 
     from modeling_delta_llava import DeltaLlavaForConditionalGeneration
 
-    with torch.device("meta"):
-        return (LlavaForConditionalGeneration if projector == PLAIN else DeltaLlavaForConditionalGeneration)(config)
+    return LlavaForConditionalGeneration if projector == PLAIN else DeltaLlavaForConditionalGeneration
 
 
-def expected_shapes(
-    config, projector: str, where: Path
-) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+def expected_shapes(config, projector: str, where: Path) -> tuple[Shapes, Shapes]:
     """Name -> shape of every tensor that the model of a config needs, and of those that it may come with.
 
     A tied head is left out. What a checkpoint may have or not are the layers of the vision tower above those in use,
@@ -218,20 +215,17 @@ def expected_shapes(
     Raises:
         UserError: no model can be built from the config, which `where` holds.
     """
-    import torch
     from transformers import AutoModel
 
-    with told(f"{where} describes an impossible model", "check its values"):
-        model = build_meta_model(config, projector)
-        vision_config = copy.deepcopy(config.vision_config)
-        if hasattr(vision_config, "vision_use_head"):
-            vision_config.vision_use_head = True
-        with torch.device("meta"):
-            whole_tower = AutoModel.from_config(vision_config)
+    vision_config = copy.deepcopy(config.vision_config)
+    if hasattr(vision_config, "vision_use_head"):
+        vision_config.vision_use_head = True
+    with told(f"{where} describes an impossible model", "check its values"), torch.device("meta"):
+        model, whole_tower = model_class(projector)(config), AutoModel.from_config(vision_config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
-        shapes.pop("lm_head.weight", None)
-    tower = {f"model.vision_tower.{name}": tuple(each.shape) for name, each in whole_tower.state_dict().items()}
+        shapes.pop(HEAD, None)
+    tower = {f"{TOWER}{name}": tuple(tensor.shape) for name, tensor in whole_tower.state_dict().items()}
     return shapes, {name: shape for name, shape in tower.items() if name not in shapes}
 
 
@@ -243,10 +237,7 @@ def training_config_of(config, record: dict | None, vocab_size: int, vision_towe
         vocab_size: embedding rows of the exported checkpoint.
         vision_tower: Hub id or path to state as `mm_vision_tower`.
     """
-    if record is not None:
-        fields = dict(record["training_config"])
-    else:
-        fields = _built_training_config(config)
+    fields = dict(record["training_config"]) if record is not None else _built_training_config(config)
     fields["vocab_size"] = vocab_size
     if vision_tower is not None:
         fields["mm_vision_tower"] = vision_tower
@@ -265,8 +256,7 @@ def _built_training_config(config) -> dict:
         name: value for name, value in config.text_config.to_dict().items() if not _TRAINING_FIELDS.fullmatch(name)
     }
     delta = config.model_type == "delta_llava"
-    tower = {name: getattr(config.vision_config, name, None) for name in RELEASED_TOWER if name != "model_type"}
-    known = tower == {name: value for name, value in RELEASED_TOWER.items() if name != "model_type"}
+    tower = {name: getattr(config.vision_config, name, None) for name in RELEASED_TOWER}
     return text | {
         "architectures": [f"Llava{family.title().replace('_', '')}ForCausalLM"],
         "model_type": "llava_Phi3" if family == "phi3" else f"llava_{family}",
@@ -278,6 +268,120 @@ def _built_training_config(config) -> dict:
         "mm_use_im_start_end": False,
         "mm_vision_select_feature": "patch",
         "mm_vision_select_layer": config.query_feature_layer if delta else config.vision_feature_layer,
-        "mm_vision_tower": "openai/clip-vit-large-patch14-336" if known else None,
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336" if tower == RELEASED_TOWER else None,
         "use_mm_proj": True,
     }
+
+
+# --- what export needs -----------------------------------------------------------------------------------------------
+
+# In the Hub folder: what training wrote beside the weights, as `delta-llava export` puts it back.
+TRAINING_FOLDER = "training"
+RECORD_FILE = f"{TRAINING_FOLDER}/record.json"
+# Rotary frequencies and position ids are smaller.
+RECORDED_BYTES = 64_000
+RECORDED_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
+
+
+def make_record(
+    *,
+    form: str,
+    projector: str,
+    training: dict,
+    vision_tower: str | None,
+    vocabulary_rows: int,
+    tower_keys: str | None,
+    tied_head_saved: bool,
+    tensors: Mapping[str, Tensor],
+) -> dict:
+    """The record of one conversion.
+
+    Args:
+        training: the source's configuration.
+        vision_tower: what the user gave in place of the tower that it names.
+        vocabulary_rows: embedding rows of the source.
+        tower_keys: how the source names the tower in it ("old", "flat"); None for no tower.
+        tied_head_saved: whether the source holds the head beside the embedding that it is tied to.
+        tensors: those of a whole checkpoint; what conversion leaves out of them is kept up to [`RECORDED_BYTES`].
+    """
+    training = {name: value for name, value in training.items() if name != "_name_or_path"}
+    tower = vision_tower or training.get("mm_vision_tower")
+    if isinstance(tower, str):
+        # A path of the training machine means nothing elsewhere, and may name people.
+        training["mm_vision_tower"] = tower if is_hub_id(tower) else Path(tower).name
+    names = {dtype: name for name, dtype in RECORDED_DTYPES.items()}
+    return {
+        "form": form,
+        "projector": projector,
+        "training_config": training,
+        "vocabulary_rows": vocabulary_rows,
+        "tower_keys": tower_keys,
+        "tied_head_saved": tied_head_saved,
+        "dropped_tensors": {
+            key: {
+                "dtype": names[tensor.dtype],
+                "shape": list(tensor.shape),
+                "base64": base64.b64encode(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()).decode("ascii"),
+            }
+            for key, tensor in tensors.items()
+            if is_dropped(key) and tensor.dtype in names and tensor.nbytes <= RECORDED_BYTES
+        },
+    }
+
+
+def kept_tensors(record: dict) -> dict[str, Tensor]:
+    """The tensors that conversion left out, by training key. Raises `ValueError` for what it would not have kept."""
+    return {key: _kept_tensor(key, stored) for key, stored in record["dropped_tensors"].items()}
+
+
+def _kept_tensor(key: str, stored: dict) -> Tensor:
+    if is_dropped(key) is None:
+        raise ValueError(f"keeps {key[:120]!r}, a tensor that conversion never leaves out")
+    try:
+        dtype, shape = RECORDED_DTYPES.get(stored["dtype"]), stored["shape"]
+        data = bytearray(base64.b64decode(stored["base64"], validate=True))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"keeps {key!r} in no readable way ({type(error).__name__})") from error
+    whole = dtype is not None and isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
+    if not whole or math.prod(shape) * dtype.itemsize != len(data):
+        kind = f"{str(stored['dtype'])[:20]!r} of shape {str(shape)[:80]}"
+        raise ValueError(f"keeps {len(data)} bytes of {key!r}, which are no {kind}")
+    return torch.frombuffer(data, dtype=dtype).reshape(shape)
+
+
+def read_record(folder: Path) -> dict | None:
+    """The record of a Hub folder; None for a folder that was not converted.
+
+    Raises:
+        UserError: it is a link that leaves the folder, or not what conversion writes.
+    """
+    path = file_inside(folder, RECORD_FILE, str(folder))
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    rows = record.get("vocabulary_rows")
+    usable = {
+        "vocabulary_rows": type(rows) is int and rows >= 1,
+        "tower_keys": "tower_keys" in record and record["tower_keys"] in (None, *TOWER_ROWS),
+        "tied_head_saved": isinstance(record.get("tied_head_saved"), bool),
+    }
+    try:
+        for name in ("training_config", "dropped_tensors"):
+            if not isinstance(record.get(name), dict):
+                raise ValueError(f"has no {name}")
+        for name in usable:
+            if not usable[name]:
+                raise ValueError(f"has {name} {repr(record.get(name))[:40]}")
+        kept_tensors(record)
+    except ValueError as error:
+        raise UserError(
+            f"{path} {error}: convert the checkpoint again, or remove {path.parent} to export without it"
+        ) from error
+    return record

@@ -10,13 +10,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from delta_llava.errors import UserError, reason
+from modeling_delta_llava.conversion import configs
 from modeling_delta_llava.conversion.assemble import Assembly, Options, assemble
-from modeling_delta_llava.conversion.record import RECORD_FILE, TRAINING_FOLDER
-from modeling_delta_llava.conversion.source import DELTA, FINETUNED, FORM_NAMES, PLAIN, PROJECTOR_NAMES
+from modeling_delta_llava.conversion.source import DELTA, FINETUNED, FORM_NAMES, PROJECTOR_NAMES
 from modeling_delta_llava.conversion.tables import NATIVE_LLAVA_ROWS, PROJECTOR, TOWER, backwards, new_name
-from modeling_delta_llava.conversion.weights import Weights
-from modeling_delta_llava.conversion.write import parse_size, plan_shards, write_shards
+from modeling_delta_llava.conversion.write import Weights, parse_size, plan_shards, write_shards
 from modeling_delta_llava.folders import atomic_folder, check_output, check_space, format_bytes, free_bytes
 from modeling_delta_llava.foreign_code import code_files, strip_foreign_code
 from modeling_delta_llava.json_files import read_json, write_json
@@ -45,9 +43,12 @@ class Result:
     """
 
     output: Path
-    files: list[Path]
     nbytes: int
     seconds: float
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted(path for path in self.output.rglob("*") if path.is_file())
 
 
 def convert(
@@ -88,7 +89,7 @@ def convert(
         for line in describe(found):
             say(line)
         weights = file_names(found)
-        check_space(output, found.nbytes + scratch_bytes(weights, max_shard_bytes) + SMALL_FILES_BYTES)
+        check_space(output, needed_bytes(weights, max_shard_bytes))
         write_small_files(found, building)
         for entry in strip_foreign_code(building):
             say(f"note: not taken over, it names code that is not this package's: {entry}")
@@ -106,8 +107,7 @@ def convert(
         seconds = time.perf_counter() - started
     for name, count in nonfinite.items():
         say(f"warning: {name} holds {count} values that are NaN or infinite")
-    files = sorted(path for path in output.rglob("*") if path.is_file())
-    return Result(output, files, found.nbytes, seconds)
+    return Result(output, found.nbytes, seconds)
 
 
 def file_names(found: Assembly) -> Weights:
@@ -118,10 +118,11 @@ def file_names(found: Assembly) -> Weights:
     return {new_name(name, table): weight for name, weight in found.weights.items()}
 
 
-def scratch_bytes(weights: Weights, max_shard_bytes: int) -> int:
-    """Disk that is needed for a while beside the result: what is computed for two shards."""
+def needed_bytes(weights: Weights, max_shard_bytes: int) -> int:
+    """Disk that the result takes, and for a while what is computed for two shards."""
     computed = [weight.nbytes for weight in weights.values() if not weight.is_copy]
-    return min(2 * max(max_shard_bytes, max(computed, default=0)), sum(computed))
+    scratch = min(2 * max(max_shard_bytes, max(computed, default=0)), sum(computed))
+    return sum(weight.nbytes for weight in weights.values()) + scratch + SMALL_FILES_BYTES
 
 
 def preview(
@@ -155,23 +156,13 @@ def write_small_files(found: Assembly, folder: Path) -> None:
     """Everything but the weights: config, code, processor, tokenizer, generation config, what export needs."""
     from transformers import GenerationConfig
 
-    name = "LlavaForConditionalGeneration" if found.projector == PLAIN else "DeltaLlavaForConditionalGeneration"
-    found.config.architectures = [name]
+    found.config.architectures = [configs.model_class(found.projector).__name__]
     found.config.save_pretrained(folder)
     if found.projector == DELTA:
         for path in code_files():
             shutil.copyfile(path, folder / path.name)
     written = read_json(found.generation_file) if found.generation_file is not None else found.training
-    try:
-        processor = build_processor(found)
-    except UserError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if found.preprocessor is None:
-            raise
-        path = found.folders["--vision-tower"] / "preprocessor_config.json"
-        raise UserError(f"{path} makes no image processor ({reason(error)}): copy the tower's own there") from error
-    processor.save_pretrained(folder)
+    build_processor(found).save_pretrained(folder)
     GenerationConfig(**generation_fields(found, written)).save_pretrained(folder)
     _keep_training_files(found, folder)
 
@@ -205,31 +196,17 @@ def _keep_training_files(found: Assembly, folder: Path) -> None:
         return
     if found.form == FINETUNED:
         names = (*TOKENIZER_FILES, "generation_config.json")
-        files = [(found.folders["SOURCE"], f"{TRAINING_FOLDER}/{name}") for name in names]
+        files = [(found.folders["SOURCE"], f"{configs.TRAINING_FOLDER}/{name}") for name in names]
     else:
         files = [(found.tokenizer_folder, name) for name in TOKENIZER_FILES]
         if found.generation_file is not None:
             files.append((found.generation_file.parent, found.generation_file.name))
-    (folder / TRAINING_FOLDER).mkdir()
+    (folder / configs.TRAINING_FOLDER).mkdir()
     for root, name in files:
         if (root / name).is_file():
             path = file_inside(root, name, "SOURCE")
-            copy_file(path, folder / TRAINING_FOLDER / path.name)
-    write_json(folder / RECORD_FILE, found.record)
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copies a small file.
-
-    Raises:
-        UserError: the source cannot be read.
-        OSError: the target cannot be written.
-    """
-    try:
-        content = source.read_bytes()
-    except OSError as error:
-        raise UserError(f"{source} cannot be read ({error.strerror}): check its permissions") from error
-    target.write_bytes(content)
+            shutil.copyfile(path, folder / configs.TRAINING_FOLDER / path.name)
+    write_json(folder / configs.RECORD_FILE, found.record)
 
 
 def build_processor(found: Assembly):
@@ -290,7 +267,7 @@ def describe_result(found: Assembly, output: Path, max_shard_bytes: int) -> list
     vocabulary, added = config.text_config.vocab_size, len(found.added_rows)
     rows.append(("vocabulary", f"{vocabulary} rows" + (f", {added} of them new" if added else ", none added")))
     rows.append(("image token", f"{found.image_token} = {config.image_token_id}"))
-    needed = found.nbytes + scratch_bytes(weights, max_shard_bytes) + SMALL_FILES_BYTES
+    needed = needed_bytes(weights, max_shard_bytes)
     rows.append(("disk", f"{format_bytes(needed)} needed, {format_bytes(free_bytes(output))} free"))
     return rows
 
@@ -310,11 +287,8 @@ def quiet_transformers(downloads: bool = False) -> Iterator[None]:
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
-    verbosity, bars, hub_bars = (
-        logging.get_verbosity(),
-        logging.is_progress_bar_enabled(),
-        not are_progress_bars_disabled(),
-    )
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub_bars = not are_progress_bars_disabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if downloads and hub_bars:

@@ -1,6 +1,7 @@
 """`delta-llava export`: a Hub folder becomes a training checkpoint again."""
 
 import io
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,31 +9,18 @@ from pathlib import Path
 import torch
 
 from delta_llava.errors import UserError, told
-from modeling_delta_llava.conversion import configs
-from modeling_delta_llava.conversion.convert import (
-    SMALL_FILES_BYTES,
-    TOKENIZER_FILES,
-    Result,
-    copy_file,
-    progress_bar,
-    quiet_transformers,
-)
-from modeling_delta_llava.conversion.record import RECORD_FILE, TRAINING_FOLDER, kept_tensors, read_record
+from modeling_delta_llava.conversion import configs, convert, tables
 from modeling_delta_llava.conversion.source import DELTA, PLAIN, PROJECTOR_FILE, Checkpoint, read_checkpoint
-from modeling_delta_llava.conversion.tables import (
-    EMBEDDING,
-    HEAD,
-    HUB_ROWS,
-    NATIVE_LLAVA_ROWS,
-    TOWER,
-    TRAINED_PROJECTOR,
-    backwards,
-    new_name,
-    rename,
-    training_table,
+from modeling_delta_llava.conversion.tables import EMBEDDING, HEAD, TOWER
+from modeling_delta_llava.conversion.write import (
+    Weight,
+    Weights,
+    check_weights,
+    parse_size,
+    stored_weight,
+    with_parts_joined,
+    write_shards,
 )
-from modeling_delta_llava.conversion.weights import Weight, Weights, check_weights, stored_weight, with_parts_joined
-from modeling_delta_llava.conversion.write import parse_size, write_shards
 from modeling_delta_llava.folders import atomic_folder, check_output, check_space
 from modeling_delta_llava.foreign_code import refuse_foreign_code
 from modeling_delta_llava.json_files import check_sizes, read_json, write_json
@@ -49,7 +37,7 @@ def export(
     overwrite: bool = False,
     progress: bool = True,
     say: Callable[[str], None] = lambda line: None,
-) -> Result:
+) -> convert.Result:
     """Writes the training layout of a Hub folder.
 
     Tensors are those of the checkpoint that was converted, bit for bit: rows that conversion added are taken off,
@@ -66,12 +54,12 @@ def export(
     """
     output = Path(output)
     max_shard_bytes = parse_size(max_shard_size)
-    with quiet_transformers(downloads=progress):
+    with convert.quiet_transformers(downloads=progress):
         source = local_folder(folder, "HUB_FOLDER")
         check_output(output, {"HUB_FOLDER": source}, overwrite)
         config, projector = read_hub_config(source)
         refuse_foreign_code(source)
-        record = read_record(source)
+        record = configs.read_record(source)
         if record is None:
             say("note: this folder was not written by convert: config and tower name are built from its config.json")
         weights, checkpoint = read_hub_weights(source, config, projector)
@@ -81,9 +69,9 @@ def export(
         training = configs.training_config_of(config, record, rows, vision_tower)
         trained = training_weights(weights, projector, record, rows, source)
         if projector_only:
-            trained = {key: weight for key, weight in trained.items() if key.startswith(TRAINED_PROJECTOR)}
+            trained = {key: weight for key, weight in trained.items() if key.startswith(tables.TRAINED_PROJECTOR)}
         total = sum(weight.nbytes for weight in trained.values())
-        check_space(output, total + SMALL_FILES_BYTES)
+        check_space(output, total + convert.SMALL_FILES_BYTES)
         with atomic_folder(output, overwrite) as building:
             started = time.perf_counter()
             write_json(building / "config.json", training)
@@ -91,12 +79,11 @@ def export(
                 _save_projector(building / PROJECTOR_FILE, trained)
             else:
                 _copy_tokenizer(source, building, say)
-                with progress_bar(total, "exporting", progress) as bar:
+                with convert.progress_bar(total, "exporting", progress) as bar:
                     write_shards(building, trained, max_shard_bytes, scan=False, advance=bar.update)
             checkpoint.check_unchanged()
             seconds = time.perf_counter() - started
-    files = sorted(path for path in output.iterdir() if path.is_file())
-    return Result(output, files, total, seconds)
+    return convert.Result(output, total, seconds)
 
 
 def read_hub_config(folder: Path):
@@ -126,8 +113,8 @@ def read_hub_config(folder: Path):
 def read_hub_weights(folder: Path, config, projector: str) -> tuple[Weights, Checkpoint]:
     """The tensors of a Hub folder under model names, checked against the model of its config."""
     checkpoint = read_checkpoint(folder)
-    table = HUB_ROWS if projector == DELTA else NATIVE_LLAVA_ROWS
-    names, _ = rename(checkpoint.tensors, table, str(folder), dropped={})
+    table = tables.HUB_ROWS if projector == DELTA else tables.NATIVE_LLAVA_ROWS
+    names, _ = tables.rename(checkpoint.tensors, table, str(folder), dropped={})
     weights = {name: stored_weight(checkpoint, key) for key, name in names.items()}
     check_weights(weights, *configs.expected_shapes(config, projector, folder / "config.json"), str(folder))
     return weights, checkpoint
@@ -140,30 +127,22 @@ def training_weights(weights: Weights, projector: str, record: dict | None, rows
         rows: embedding rows to keep.
     """
     tower_keys = record["tower_keys"] if record else "old"
-    tensors = {name: weight.stored for name, weight in weights.items()}
-    if tower_keys is None:
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(TOWER)}
+    kept = {name: weight.stored for name, weight in weights.items() if tower_keys or not name.startswith(TOWER)}
     for name in (EMBEDDING, HEAD):
-        if name in tensors:
-            tensors[name] = tensors[name][:rows]
-    table = backwards(training_table(projector == PLAIN, tower_keys or "old"))
-    files = {name: weight.file for name, weight in weights.items()}
-    trained = {
-        _training_key(name, table): Weight(tensor, name, files.get(name, source), tensor.dtype)
-        for name, tensor in with_parts_joined(tensors).items()
-    }
-    if record and record["tied_head_saved"] and HEAD not in tensors:
+        if name in kept:
+            kept[name] = kept[name][:rows]
+    table = tables.backwards(tables.training_table(projector == PLAIN, tower_keys or "old"))
+    trained = {}
+    for name, tensor in with_parts_joined(kept).items():
+        key = tables.new_name(name, table)
+        if key is None:
+            raise UserError(f"tensor {name!r} has no place in a training checkpoint: it cannot be exported")
+        trained[key] = Weight(tensor, name, weights[name].file if name in weights else source, tensor.dtype)
+    if record and record["tied_head_saved"] and HEAD not in kept:
         trained["lm_head.weight"] = trained["model.embed_tokens.weight"]
-    for key, tensor in (kept_tensors(record) if record else {}).items():
-        trained[key] = Weight(tensor, key, source / RECORD_FILE, tensor.dtype)
+    for key, tensor in (configs.kept_tensors(record) if record else {}).items():
+        trained[key] = Weight(tensor, key, source / configs.RECORD_FILE, tensor.dtype)
     return trained
-
-
-def _training_key(name: str, table) -> str:
-    key = new_name(name, table)
-    if key is None:
-        raise UserError(f"tensor {name!r} has no place in a training checkpoint: it cannot be exported")
-    return key
 
 
 def _save_projector(path: Path, weights: Mapping[str, Weight]) -> None:
@@ -176,11 +155,12 @@ def _save_projector(path: Path, weights: Mapping[str, Weight]) -> None:
 
 def _copy_tokenizer(source: Path, building: Path, say: Callable[[str], None]) -> None:
     """Tokenizer files as training wrote them, or else the Hub folder's own."""
-    origin = TRAINING_FOLDER if any((source / TRAINING_FOLDER / name).is_file() for name in TOKENIZER_FILES) else "."
-    if origin == ".":
+    kept = any((source / configs.TRAINING_FOLDER / name).is_file() for name in convert.TOKENIZER_FILES)
+    if not kept:
         say(
             "note: the tokenizer is the Hub folder's; LLaVA training of a Llama model needs its tokenizer.model beside"
         )
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
-        if (source / origin / name).is_file():
-            copy_file(file_inside(source, f"{origin}/{name}", "HUB_FOLDER"), building / name)
+    for name in (*convert.TOKENIZER_FILES, "generation_config.json"):
+        path = f"{configs.TRAINING_FOLDER}/{name}" if kept else name
+        if (source / path).is_file():
+            shutil.copyfile(file_inside(source, path, "HUB_FOLDER"), building / name)

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from delta_llava.errors import UserError, reason
+from delta_llava.errors import UserError, told
 from modeling_delta_llava.conversion.source import FLOATING, Checkpoint
 from modeling_delta_llava.conversion.tables import describe_keys
-from modeling_delta_llava.conversion.weights import LowRankUpdate, Weight
+from modeling_delta_llava.conversion.write import LowRankUpdate, Weight
 
 # Settings of PEFT's LoraConfig that may say anything: they do not change `W + (alpha / r) B A` on the base as it is.
 _ADAPTER_SETTINGS = {
@@ -54,18 +54,12 @@ def lora_scale(settings: dict, module: str, rank: int, where: str) -> float:
     """
 
     def lookup(name: str, default: object) -> object:
-        patterns = settings.get(name) or {}
-        try:
-            for pattern, value in patterns.items():
+        with told(f"the adapter_config.json of {where} has an unusable {name}", "copy the one of training"):
+            for pattern, value in (settings.get(name) or {}).items():
                 if len(pattern) > LONGEST_PATTERN or not _MODULE_PATTERN.fullmatch(pattern):
                     raise ValueError(f"{pattern[:120]!r} is no pattern of a module name")
                 if re.match(rf"(.*\.)?({pattern})$", module):
                     return value
-        except (re.error, AttributeError, TypeError, ValueError) as error:
-            raise UserError(
-                f"the adapter_config.json of {where} has an unusable {name} ({reason(error)}): copy the one of "
-                "training"
-            ) from error
         return default
 
     alpha = lookup("alpha_pattern", settings.get("lora_alpha"))

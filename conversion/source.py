@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from delta_llava.errors import UserError, reason
+from delta_llava.errors import UserError, reason, told
 from modeling_delta_llava.conversion.tables import describe_keys
 from modeling_delta_llava.json_files import ADAPTED_CONFIG, read_json
 from modeling_delta_llava.sources import file_inside, read_weight_map
@@ -122,22 +122,18 @@ def read_weight_file(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise UserError(f"{path} is {'not a file' if path.exists() else 'missing'}: a weight file is expected")
-    try:
-        with open(path, "rb") as file:
-            start = file.read(len(LFS_POINTER))
-        if start == LFS_POINTER:
-            raise UserError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in {path.parent}")
-        if path.suffix == ".safetensors":
-            return _read_safetensors(path)
-        return _read_torch(path, zipped=start.startswith(b"PK\x03\x04"))
-    except UserError:
-        raise
-    except OSError as error:
-        why = error.strerror or reason(error)
-        raise UserError(f"{path} cannot be read ({why}): check its permissions and its disk") from error
-    # The libraries answer damage with errors of many classes: safetensors' own, RuntimeError, EOFError, KeyError, ...
-    except Exception as error:
-        raise UserError(f"{path} is truncated or damaged ({reason(error)}): download or save it again") from error
+    with told(f"{path} is truncated or damaged", "download or save it again"):
+        try:
+            with open(path, "rb") as file:
+                start = file.read(len(LFS_POINTER))
+            if start == LFS_POINTER:
+                raise UserError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in {path.parent}")
+            if path.suffix == ".safetensors":
+                return _read_safetensors(path)
+            return _read_torch(path, zipped=start.startswith(b"PK\x03\x04"))
+        except OSError as error:
+            why = error.strerror or reason(error)
+            raise UserError(f"{path} cannot be read ({why}): check its permissions and its disk") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -347,9 +343,9 @@ def open_source(folder: Path, form: str | None = None) -> Source:
     if form == LORA and not (folder / "adapter_config.json").exists():
         raise UserError(f"{folder} lacks adapter_config.json: copy the one that training wrote there")
     if form == LORA:
-        weights = _single_file(folder, ADAPTER_FILES)
+        weights = single_file(folder, ADAPTER_FILES)
     elif form == STAGE1:
-        weights = _single_file(folder, (PROJECTOR_FILE,))
+        weights = single_file(folder, (PROJECTOR_FILE,))
     else:
         weights = read_checkpoint(folder)
         form = form or _form_of(weights.tensors, folder)
@@ -369,7 +365,7 @@ def open_source(folder: Path, form: str | None = None) -> Source:
     return Source(folder, form, config, weights)
 
 
-def _single_file(folder: Path, names: tuple[str, ...]) -> Checkpoint:
+def single_file(folder: Path, names: tuple[str, ...]) -> Checkpoint:
     name = next((name for name in names if (folder / name).exists()), None)
     if name is None:
         raise UserError(f"{folder} lacks {' or '.join(names)}: copy it there")
@@ -417,25 +413,18 @@ def detect_projector(keys: Iterable[str], where: str) -> str:
 
 def refuse_unused_features(config: Mapping, keys: Iterable[str], where: Path) -> None:
     """Refuses, by name, features of the LLaVA code base that the Delta-LLaVA release never used."""
-    merge = config.get("mm_patch_merge_type") or "flat"
+    merge, feature = config.get("mm_patch_merge_type") or "flat", config.get("mm_vision_select_feature", "patch")
     aspect_ratio = str(config.get("image_aspect_ratio") or "square")
-    used = None
-    if aspect_ratio.startswith("anyres"):
-        used = f"image_aspect_ratio {aspect_ratio[:120]!r} (anyres tiling)"
-    elif merge != "flat":
-        used = f"mm_patch_merge_type {str(merge)[:120]!r} (spatial merge)"
-    elif config.get("s2"):
-        used = "s2 (multi-scale features)"
-    elif config.get("mm_use_im_start_end"):
-        used = "mm_use_im_start_end (<im_start> and <im_end> around images)"
-    elif config.get("quantization_config"):
-        used = "quantization_config (quantised weights)"
-    elif config.get("mm_vision_select_feature", "patch") not in ("patch", "cls_patch"):
-        used = f"mm_vision_select_feature {str(config['mm_vision_select_feature'])[:120]!r}"
-    for key in keys:
-        if key.endswith("image_newline"):
-            used = f"{key} (spatial or unpad merge)"
-        elif "vision_resampler" in key:
-            used = f"{key} (vision resampler)"
+    features = {
+        f"image_aspect_ratio {aspect_ratio[:120]!r} (anyres tiling)": aspect_ratio.startswith("anyres"),
+        f"mm_patch_merge_type {str(merge)[:120]!r} (spatial merge)": merge != "flat",
+        "s2 (multi-scale features)": config.get("s2"),
+        "mm_use_im_start_end (<im_start> and <im_end> around images)": config.get("mm_use_im_start_end"),
+        "quantization_config (quantised weights)": config.get("quantization_config"),
+        f"mm_vision_select_feature {str(feature)[:120]!r}": feature not in ("patch", "cls_patch"),
+    }
+    used = [name for name, is_used in features.items() if is_used]
+    used += [f"{key[:120]} (spatial or unpad merge)" for key in keys if key.endswith("image_newline")]
+    used += [f"{key[:120]} (vision resampler)" for key in keys if "vision_resampler" in key]
     if used:
-        raise UserError(f"{where} uses {used}, which Delta-LLaVA was never released with: not supported")
+        raise UserError(f"{where} uses {used[0]}, which Delta-LLaVA was never released with: not supported")

@@ -69,19 +69,16 @@ TEXT_ROWS = (
     ("model.norm.{*}", "model.language_model.norm.{*}"),
     ("lm_head.{*}", "lm_head.{*}"),
 )
+_TOWER_PARTS = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm", "head")
 # The frozen tower inside a training checkpoint, as transformers before 5 names it ("old") and as later ones do.
 TOWER_ROWS = {
     "old": ((f"{TRAINED_TOWER}vision_model.{{*}}", f"{TOWER}{{*}}"),),
-    "flat": tuple(
-        (f"{TRAINED_TOWER}{part}.{{*}}", f"{TOWER}{part}.{{*}}")
-        for part in ("embeddings", "pre_layrnorm", "encoder", "post_layernorm", "head")
-    ),
+    "flat": tuple((f"{TRAINED_TOWER}{part}.{{*}}", f"{TOWER}{part}.{{*}}") for part in _TOWER_PARTS),
 }
 # A CLIP or SigLIP repository that the tower comes from: the whole model, its vision part, or that part alone.
 TOWER_REPOSITORY_ROWS = (
     ("vision_model.{*}", f"{TOWER}{{*}}"),
-    *((f"{part}.{{*}}", f"{TOWER}{part}.{{*}}") for part in ("embeddings", "pre_layrnorm", "encoder")),
-    *((f"{part}.{{*}}", f"{TOWER}{part}.{{*}}") for part in ("post_layernorm", "head")),
+    *((f"{part}.{{*}}", f"{TOWER}{part}.{{*}}") for part in _TOWER_PARTS),
 )
 # A checkpoint of this project has the names already; finetuning may leave `module.` (DDP) in front.
 HUB_ROWS = tuple(

@@ -1,20 +1,19 @@
 """`delta-llava verify`: is a Hub folder complete and loadable, and does it hold what its source holds?"""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
+import torch
 
-from delta_llava.errors import UserError, reason
+from delta_llava.errors import UserError, reason, told
+from modeling_delta_llava.conversion import configs
 from modeling_delta_llava.conversion.assemble import Assembly, Options, assemble
 from modeling_delta_llava.conversion.convert import progress_bar, quiet_transformers
 from modeling_delta_llava.conversion.export import read_hub_config, read_hub_weights
-from modeling_delta_llava.conversion.record import read_record
-from modeling_delta_llava.conversion.source import DELTA, PLAIN, Checkpoint
-from modeling_delta_llava.conversion.weights import Weights, same_values
-from modeling_delta_llava.conversion.write import count_nonfinite
+from modeling_delta_llava.conversion.source import DELTA, Checkpoint
+from modeling_delta_llava.conversion.write import Weights, count_nonfinite, same_values
 from modeling_delta_llava.folders import format_bytes, holds_model
 from modeling_delta_llava.foreign_code import check_code, code_files, refuse_foreign_code
 from modeling_delta_llava.json_files import check_files, read_json
@@ -147,11 +146,9 @@ def _check_code(folder: Path) -> str:
 def _check_generation(folder: Path, config) -> str:
     from transformers import GenerationConfig
 
-    try:
+    with told("not valid", "let `delta-llava convert` write it anew"):
         generation = GenerationConfig.from_pretrained(folder)
         generation.validate(strict=True)
-    except (ValueError, OSError, json.JSONDecodeError) as error:
-        raise UserError(f"not valid: {reason(error)}") from error
     if config.image_token_id not in (generation.suppress_tokens or []):
         raise UserError(f"the image token {config.image_token_id} may be generated: add it to suppress_tokens")
     return f"valid, {len(generation.suppress_tokens)} tokens suppressed"
@@ -170,18 +167,13 @@ def _check_processor(folder: Path, config, projector: str) -> str:
 
         processor_class, expected = LlavaProcessor, config.image_seq_length
     check_files(folder)
-    try:
+    with told("it cannot be used", "copy its files and its tokenizer again"):
         processor = processor_class.from_pretrained(folder, trust_remote_code=False)
         check_chat_template(processor, str(folder))
         side = config.vision_config.image_size
         messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
         prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
         inputs = processor(images=Image.new("RGB", (side, side)), text=prompt, return_tensors="pt")
-    except UserError:
-        raise
-    # Whatever a damaged tokenizer or template raises is a finding of this check.
-    except Exception as error:
-        raise UserError(f"cannot be used: {reason(error)}") from error
     count = int((inputs["input_ids"] == config.image_token_id).sum())
     if count != expected:
         raise UserError(
@@ -236,20 +228,14 @@ def _compare_tensors(weights: Weights, source: Assembly, progress: bool) -> str:
 
 def _check_numbers(folder: Path, config, projector: str) -> str:
     """Loads the model as a user would and looks at its logits on a picture and a prompt."""
-    import torch
-    from transformers import LlavaForConditionalGeneration
-
-    from modeling_delta_llava import DeltaLlavaForConditionalGeneration
-
-    model_class = LlavaForConditionalGeneration if projector == PLAIN else DeltaLlavaForConditionalGeneration
-    record = read_record(folder)
+    record = configs.read_record(folder)
     rows = record["vocabulary_rows"] if record else config.text_config.vocab_size
     generator = torch.Generator().manual_seed(0)
     side = config.vision_config.image_size
     text = torch.randint(0, rows, (1, 14), generator=generator)
     text[text == config.image_token_id] = 0
-    try:
-        model, loading = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    with told("the model cannot be used", "convert it again"):
+        model, loading = configs.model_class(projector).from_pretrained(folder, dtype="auto", output_loading_info=True)
         pixel_values = torch.randn(1, 3, side, side, generator=generator, dtype=torch.float32).to(model.dtype)
         with torch.no_grad():
             pictures = model.eval().get_image_features(pixel_values, return_dict=True).pooler_output
@@ -257,9 +243,6 @@ def _check_numbers(folder: Path, config, projector: str) -> str:
             placeholders = torch.full((1, visual.shape[0]), config.image_token_id)
             input_ids = torch.cat([text[:, :5], placeholders, text[:, 5:]], 1)
             logits = model(input_ids=input_ids, pixel_values=pixel_values).logits
-    # Whatever loading or computing a damaged model raises is a finding of this check.
-    except Exception as error:
-        raise UserError(f"the model cannot be used: {reason(error)}") from error
     missing = sorted(loading["missing_keys"])
     if missing:
         raise UserError(f"loading leaves {len(missing)} weights at random, the first is {missing[0]!r}")

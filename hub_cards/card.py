@@ -6,17 +6,16 @@ its training say, and nothing else.
 
 import math
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import TrainerState
 
-from delta_llava.errors import UserError, reason
+from delta_llava.errors import UserError, told
 from modeling_delta_llava.card import (
     EXAMPLE,
     LICENCE_FIELDS,
@@ -24,7 +23,7 @@ from modeling_delta_llava.card import (
     PIPELINE_TAG,
     PLACEHOLDER,
     Facts,
-    load_card,
+    metadata_of,
     progress,
     render,
     state_of,
@@ -46,6 +45,7 @@ from modeling_delta_llava.hub_cards.variants import (
     paper_tables,
 )
 from modeling_delta_llava.json_files import read_json
+from modeling_delta_llava.sources import is_hub_id
 
 FIGURE, MEASURED_FIGURE = "scores.png", "measured.png"
 DEFAULT_REVISION = "v1.0"
@@ -216,11 +216,8 @@ def count_parameters(folder: Path) -> int | None:
     total = 0
     files = sorted(folder.glob("*.safetensors"))
     for path in files:
-        try:
-            with safe_open(path, framework="np") as file:
-                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged ({reason(error)}): convert or save it again") from error
+        with told(f"{path} is damaged", "convert or save it again"), safe_open(path, framework="np") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     return total if files else None
 
 
@@ -257,18 +254,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _config_base_models(config: dict[str, Any]) -> tuple[str, ...]:
     """Hub ids that the config records for its language model and tower; paths are no ids."""
     names = [config[part].get("_name_or_path") for part in ("text_config", "vision_config")]
-    return tuple(
-        name for name in names if name and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not Path(name).exists()
-    )
-
-
-def _present(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The metadata of the folder's present card, and what it states as one of ours; empty without a readable card."""
-    try:
-        card = load_card(folder)
-    except (OSError, ValueError):
-        return {}, {}
-    return card.data.to_dict(), state_of(card)
+    return tuple(name for name in names if name and is_hub_id(str(name)))
 
 
 def _trainers_record(folder: Path) -> dict[str, Any] | None:
@@ -276,10 +262,8 @@ def _trainers_record(folder: Path) -> dict[str, Any] | None:
     file = folder / TRAINER_STATE_FILE
     if not file.is_file():
         return None
-    try:
+    with told(f"{file} cannot be read", "delete it or restore it"):
         return progress(TrainerState.load_from_json(str(file)))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} cannot be read ({reason(error)}): delete it or restore it") from error
 
 
 def gather_facts(
@@ -295,7 +279,7 @@ def gather_facts(
     config = read_config(folder)
     if variant and (differences := variant.shape_differences(config)):
         raise UserError(f"{folder} is not {variant.name}: {'; '.join(differences)}: leave out --variant")
-    present, state = _present(folder)
+    present = metadata_of(folder)
     bases = tuple(base_models) or ((variant.backbone.id, variant.tower.id) if variant else ())
     bases = bases or tuple(as_list(present.get("base_model"))) or _config_base_models(config)
     quantized, quantization = config.get("quantization_config"), None
@@ -320,7 +304,7 @@ def gather_facts(
         languages=variant.backbone.language if variant else tuple(as_list(present.get("language"))),
         relation="quantized" if quantized else "finetune",
         parameters=None if quantized else count_parameters(folder),
-        training=None if variant or quantized else state.get("training") or _trainers_record(folder),
+        training=None if variant or quantized else state_of(present).get("training") or _trainers_record(folder),
         quantization=quantization,
     )
 

@@ -15,7 +15,6 @@ from detect_secrets.core.plugins.initialize import from_plugin_classname
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from delta_llava.errors import UserError
 from delta_llava.redaction import tokens_in_use
 
 # What huggingface_hub never uploads, and what a training run keeps beside its result: caches and settings of ours
@@ -287,10 +286,3 @@ def compare(local: Iterable[FileHash], remote: Iterable[FileHash]) -> Difference
     extra = sorted(set(there) - set(here) - {".gitattributes"})
     delete = tuple(path for path in extra if any(fnmatch.fnmatchcase(path, pattern) for pattern in MANAGED))
     return Difference(add, delete, tuple(path for path in extra if path not in delete))
-
-
-def check_included(paths: Iterable[str], include: Iterable[str]) -> None:
-    """Raises `UserError` when a path that the user has named is not in the folder."""
-    missing = sorted(set(include) - set(paths))
-    if missing:
-        raise UserError(f"--include {missing[0]}: there is no such file in the folder: give its path in it")

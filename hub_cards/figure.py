@@ -1,7 +1,7 @@
 """The figures of a card: scores against visual tokens, as the paper prints them and as they were measured."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from delta_llava.errors import UserError
@@ -63,38 +63,31 @@ def chart_for(variant: Variant) -> Chart | None:
     """The chart of a variant among those with the same language model; None when there is no line to draw."""
     tables = paper_tables()
     family = [entry for entry in variants().values() if entry.backbone == variant.backbone]
-    same_tower = [entry for entry in family if entry.tower.id == family[0].tower.id]
-    rows = [row for entry in same_tower for row in entry.rows]
-    for benchmark in ("GQA", "Nocaps"):
-        line = _points(rows, benchmark)
-        if len(line) < 2:
-            continue
-        other_tower = variant.tower != family[0].tower
-        series = [Series("Delta-LLaVA, CLIP 336" if other_tower else "Delta-LLaVA", line, main=True)]
-        sources = {row.source for row in rows if row.cells.get(benchmark, MISSING) != MISSING}
-        reference = None
-        if benchmark == "Nocaps":
-            size = "13B" if "13b" in variant.name else "7B"
-            fastv = [row for row in tables["6"].rows if row.method == f"FastV {size}"]
-            series.append(Series("FastV", tuple(p for p in _points(fastv, benchmark) if p[0] != 576)))
-            reference = (f"LLaVA-1.5 {size}, 576 tokens", float(tables["6"].row(f"FastV {size}", 576).cells["Nocaps"]))
-        elif "vicuna-7b" in variant.name:
-            methods = dict.fromkeys(row.method for row in tables["1"].rows if row.tokens.isdigit())
-            for method in methods:
-                points = _points([row for row in tables["1"].rows if row.method == method], benchmark)
-                if len(points) > 1 and "Delta" not in method:
-                    series.append(Series(method, points))
-            reference = ("LLaVA-1.5, 576 tokens", float(tables["1"].row("LLaVA-1.5", 576).cells["GQA"]))
-        elif "qwen" in variant.name:
-            row = tables["2"].row("Qwen-VL-Chat", 448)
-            reference = ("Qwen-VL-Chat, 448 tokens", float(row.cells["GQA"]))
-        own = _points(variant.rows, benchmark)
-        marked = own[0] if own else None
-        sources |= {row.source for row in variant.rows if benchmark in row.cells}
-        numbers = sorted(source.removeprefix("Table ") for source in sources)
-        named = f"Table{'s' if len(numbers) > 1 else ''} {' and '.join(numbers)}"
-        return Chart(benchmark, named, tuple(series), reference, marked)
-    return None
+    tower = family[0].tower
+    rows = [row for entry in family if entry.tower == tower for row in entry.rows]
+    benchmark = next((name for name in ("GQA", "Nocaps") if len(_points(rows, name)) > 1), None)
+    if benchmark is None:
+        return None
+    label = "Delta-LLaVA" if variant.tower == tower else "Delta-LLaVA, CLIP 336"
+    series, reference = [Series(label, _points(rows, benchmark), main=True)], None
+    if benchmark == "Nocaps":
+        size = "13B" if "13b" in variant.name else "7B"
+        fastv = [row for row in tables["6"].rows if row.method == f"FastV {size}"]
+        series.append(Series("FastV", tuple(point for point in _points(fastv, benchmark) if point[0] != 576)))
+        reference = (f"LLaVA-1.5 {size}, 576 tokens", float(tables["6"].row(f"FastV {size}", 576).cells["Nocaps"]))
+    elif "vicuna-7b" in variant.name:
+        for method in dict.fromkeys(row.method for row in tables["1"].rows):
+            points = _points([row for row in tables["1"].rows if row.method == method], benchmark)
+            if len(points) > 1 and "Delta" not in method:
+                series.append(Series(method, points))
+        reference = ("LLaVA-1.5, 576 tokens", float(tables["1"].row("LLaVA-1.5", 576).cells["GQA"]))
+    elif "qwen" in variant.name:
+        reference = ("Qwen-VL-Chat, 448 tokens", float(tables["2"].row("Qwen-VL-Chat", 448).cells["GQA"]))
+    printed = {row.source for row in (*rows, *variant.rows) if row.cells.get(benchmark, MISSING) != MISSING}
+    numbers = sorted(source.removeprefix("Table ") for source in printed)
+    named = f"Table{'s' if len(numbers) > 1 else ''} {' and '.join(numbers)}"
+    marked = next(iter(_points(variant.rows, benchmark)), None)
+    return Chart(benchmark, named, tuple(series), reference, marked)
 
 
 def draw_chart(chart: Chart) -> bytes:
@@ -111,17 +104,14 @@ def draw_chart(chart: Chart) -> bytes:
         axes.plot(*zip(*series.points, strict=True), "o-", color=colour, lw=width, ms=size, label=series.label)
     if chart.reference:
         axes.axhline(chart.reference[1], color=FAINT, linestyle="--", linewidth=1.5, label=chart.reference[0])
+    budgets = {tokens for series in chart.series for tokens, _ in series.points}
     if chart.marked:
         tokens, score = chart.marked
         axes.plot(tokens, score, "o", color=OURS, ms=15, mfc="none", mew=2, label=f"this variant: {score:g}")
-    ticks = sorted({tokens for series in chart.series for tokens, _ in series.points} | {*(chart.marked or ())[:1]})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, list(map(str, ticks)))
+        budgets.add(tokens)
+    _over_tokens(axes, budgets)
     axes.set_xlabel("visual tokens per picture (logarithmic)")
     axes.set_title(f"{chart.title}\nas printed in {chart.sources} of arXiv {PAPER['arxiv']}", loc="left", fontsize=12)
-    axes.grid(axis="y", color="#e5e7eb")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.minorticks_off()
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return _png(figure)
 
@@ -140,17 +130,22 @@ def draw_scores(measured: Sequence[Measurement]) -> bytes:
             axes.plot(*zip(*printed, strict=True), "o--", color=FAINT, lw=1.5, ms=4, label="paper")
         points = [(entry.tokens, entry.value * entry.factor) for entry in entries]
         axes.plot(*zip(*points, strict=True), "o-", color=OURS, lw=2.5, ms=6, label="this model")
-        ticks = [entry.tokens for entry in entries]
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, list(map(str, ticks)))
-        axes.minorticks_off()
+        _over_tokens(axes, {entry.tokens for entry in entries})
         axes.set_title(title, loc="left", fontsize=11)
         axes.set_xlabel("visual tokens per picture", fontsize=9)
-        axes.grid(axis="y", color="#e5e7eb")
-        axes.spines[["top", "right"]].set_visible(False)
         if printed:
             axes.legend(frameon=False, fontsize=9)
     return _png(figure)
+
+
+def _over_tokens(axes, budgets: Collection[int]) -> None:
+    """Budgets as a logarithmic axis that names each of them."""
+    ticks = sorted(budgets)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, list(map(str, ticks)))
+    axes.minorticks_off()
+    axes.grid(axis="y", color="#e5e7eb")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def figure_class():

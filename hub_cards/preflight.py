@@ -14,7 +14,7 @@ from modeling_delta_llava.card import load_card, state_of
 from modeling_delta_llava.folders import check_output_folder
 from modeling_delta_llava.foreign_code import check_code, code_files, refuse_foreign_code
 from modeling_delta_llava.hub_cards.card import write_file
-from modeling_delta_llava.hub_cards.contents import FileHash, check_included, hash_files, list_files, problem_of
+from modeling_delta_llava.hub_cards.contents import FileHash, hash_files, list_files, problem_of
 from modeling_delta_llava.hub_cards.licences import licence_text, with_llama_2_notice
 from modeling_delta_llava.hub_cards.metadata import card_problems, licence_problem
 from modeling_delta_llava.json_files import read_json
@@ -95,7 +95,8 @@ def check_contents(folder: Path, exclude: Sequence[str] = (), include: Sequence[
         UserError: something is not what a model repository holds, holds a secret, or is a link out of the folder.
     """
     paths = list_files(folder, exclude, include)
-    check_included(paths, include)
+    if absent := sorted(set(include) - set(paths)):
+        raise UserError(f"--include {absent[0]}: there is no such file in the folder: give its path in it")
     problems = [problem for path in paths if (problem := problem_of(folder, path, path in include))]
     hint = "delete them, leave them out with --exclude PATTERN, or name what is to be published with --include PATH"
     _refuse(folder, problems, hint)
@@ -113,7 +114,7 @@ def check_card(
     """
     _refuse(folder, card_problems(folder, paths), "mend the card, or write it anew with `delta-llava card`")
     card = load_card(folder)
-    state = state_of(card)
+    state = state_of(card.data.to_dict())
     if state and state.get("repo_id") != repo_id:
         raise UserError(
             f"{folder}/README.md: the snippets load {state.get('repo_id') or 'no repository'}, not {repo_id}: write "
@@ -201,4 +202,4 @@ def preflight(
     check_in_process(folder, load or quantized, not quantized)
     say("hashing")
     sources = {**{path: folder / path for path in paths}, **replaced}
-    return Preflight(sources, hash_files(sources), state_of(card).get("revision"))
+    return Preflight(sources, hash_files(sources), state_of(card.data.to_dict()).get("revision"))

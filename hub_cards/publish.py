@@ -13,6 +13,7 @@ from pathlib import Path
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
+    GitRefs,
     get_session,
     hf_hub_url,
     hf_raise_for_status,
@@ -114,30 +115,32 @@ class Publication:
         ]
         return info.sha, files
 
-    def refs(self, doing: str):
-        return self.call(doing, lambda: self.api.list_repo_refs(self.repo_id))
+    def refs(self) -> GitRefs:
+        return self.call("listing branches and tags", lambda: self.api.list_repo_refs(self.repo_id))
 
-    def exists(self) -> bool:
-        def ask() -> bool:
+    def look(self) -> GitRefs | None:
+        """Branches and tags of the repository; None when there is none."""
+
+        def ask() -> GitRefs | None:
             try:
                 info = self.api.model_info(self.repo_id)
             except HUB_ERRORS as error:
                 if status_of(error) == 404:
-                    return False
+                    return None
                 raise
             if self.options.private and not info.private:
                 raise UserError(
                     f"{self.repo_id}: the repository exists and is public: make it private in its settings first, "
                     "or leave out --private"
                 )
-            return True
+            return self.api.list_repo_refs(self.repo_id)
 
         return self.call("looking for the repository", ask)
 
-    def check_tag(self, head: str, difference: Difference) -> bool:
+    def check_tag(self, refs: GitRefs, head: str, difference: Difference) -> bool:
         """Whether the tag is there already, on this very content. Raises when it points anywhere else."""
         tag = self.options.tag
-        target = next((ref.target_commit for ref in self.refs("listing tags").tags if ref.name == tag), None)
+        target = next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
         if target is None:
             return False
         if target == head and difference.empty:
@@ -147,13 +150,11 @@ class Publication:
             f"choose another tag, or remove it with `hf repos tag delete {self.repo_id} {tag}`"
         )
 
-    def check_pinned(self) -> None:
+    def check_pinned(self, refs: GitRefs | None) -> None:
         """Makes sure that the revision which the card tells readers to load will exist."""
         name, options = self.checked.pinned, self.options
-        if name in (None, MAIN, options.tag, options.revision) or options.create_pr:
-            return
-        refs = self.refs("listing tags") if self.exists() else None
-        if refs is None or name not in [ref.name for ref in (*refs.tags, *refs.branches)]:
+        there = [ref.name for ref in (*refs.tags, *refs.branches)] if refs else []
+        if name not in (None, MAIN, options.tag, options.revision, *there) and not options.create_pr:
             raise UserError(
                 f"{self.repo_id}: the snippets in README.md load revision {name!r}, which would not exist: "
                 f"publish with --tag {name}, or write the card with another --revision"
@@ -174,30 +175,30 @@ class Publication:
 
     # Changing it.
 
-    def prepare(self) -> bool:
-        """Makes sure that the repository and the branch exist. False in a dry run when they do not."""
+    def prepare(self, refs: GitRefs | None) -> GitRefs | None:
+        """Branches and tags, once the repository and the branch exist. None in a dry run when they do not."""
         options, revision = self.options, self.options.revision
-        if not self.exists():
+        if refs is None:
             if options.dry_run:
-                return False
+                return None
             self.call(
                 "creating the repository",
                 lambda: self.api.create_repo(self.repo_id, private=options.private, exist_ok=True),
             )
             self.say(f"created {'private ' if options.private else ''}repository {self.repo_id}")
+            refs = self.refs()
         if revision == MAIN or revision.startswith(PULL_REQUEST):
-            return True
-        refs = self.refs("listing branches")
+            return refs
         if any(ref.name == revision for ref in refs.tags):
             raise UserError(f"{self.repo_id}: --revision {revision!r} is a tag: name a branch to commit to")
         if not any(ref.name == revision for ref in refs.branches):
             if options.dry_run:
-                return False
+                return None
             self.call(
                 "creating the branch",
                 lambda: self.api.create_branch(self.repo_id, branch=revision, exist_ok=True),
             )
-        return True
+        return refs
 
     def commit(self, difference: Difference, head: str) -> tuple[str, str]:
         """Commits the difference on top of `head`; reference and commit.
@@ -281,7 +282,7 @@ class Publication:
             except HUB_ERRORS as error:
                 if status_of(error) != 409:
                     raise
-                self.check_tag(commit, Difference())  # ours, with its answer lost, or somebody else's
+                self.check_tag(self.refs(), commit, Difference())  # ours, with its answer lost, or somebody else's
 
         self.call(f"setting tag {self.options.tag}", create)
 
@@ -289,11 +290,13 @@ class Publication:
         options, started = self.options, time.monotonic()
         self.say(f"publishing as {self.call('checking the token', self.api.whoami).get('name')}")
         url = scrub(f"{self.api.endpoint}/{self.repo_id}")
-        self.check_pinned()
-        head, files = self.remote(options.revision) if self.prepare() else (None, [])
+        refs = self.look()
+        self.check_pinned(refs)
+        refs = self.prepare(refs)
+        head, files = self.remote(options.revision) if refs else (None, [])
         difference = compare(self.checked.files, files)
         added, deleted = [file.path for file in difference.add], list(difference.delete)
-        tagged = self.check_tag(head, difference) if options.tag and head else False
+        tagged = bool(options.tag and refs) and self.check_tag(refs, head, difference)
         if options.dry_run:
             return Report(url, options.revision, head, added, deleted, list(difference.kept), difference.size)
         reference, commit = options.revision, head

@@ -3,34 +3,21 @@
 import shutil
 from pathlib import Path
 
-from delta_llava.errors import UserError, reason
+from delta_llava.errors import UserError, told
 from modeling_delta_llava.asking import check_device
-from modeling_delta_llava.card import SKIP_MODULES, load_card, state_of
+from modeling_delta_llava.card import SKIP_MODULES, metadata_of, state_of
 from modeling_delta_llava.folders import atomic_folder, check_output, check_space
-from modeling_delta_llava.foreign_code import refuse_foreign_code
-from modeling_delta_llava.hub_cards.card import DEFAULT_REVISION, read_config, write_card
+from modeling_delta_llava.foreign_code import RESULTS_FOLDER, refuse_foreign_code
+from modeling_delta_llava.hub_cards.card import DEFAULT_REVISION, FIGURE, MEASURED_FIGURE, read_config, write_card
 from modeling_delta_llava.hub_cards.contents import list_files, problem_of
 from modeling_delta_llava.hub_cards.metadata import check_repository
 from modeling_delta_llava.json_files import read_json, write_json
 
 # Said of the full weights, or written anew.
 NOT_COPIED = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    ".eval_results",
-    "config.json",
-    "scores.png",
-    "measured.png",
-    "eval",
+    *("*.safetensors", "*.safetensors.index.json", ".eval_results", "config.json"),
+    *(FIGURE, MEASURED_FIGURE, RESULTS_FOLDER),
 )
-
-
-def _source_repository(folder: Path) -> str | None:
-    """The repository that the source folder is published as, if its card says so."""
-    try:
-        return state_of(load_card(folder)).get("repo_id")
-    except (OSError, ValueError):
-        return None
 
 
 def _check(folder: Path, output: Path, bits: int, base_model: str | None, repo_id: str | None) -> str:
@@ -45,7 +32,7 @@ def _check(folder: Path, output: Path, bits: int, base_model: str | None, repo_i
         raise UserError(f"{folder} is quantised already: give the folder it was made from")
     refuse_foreign_code(folder)
     check_output(output, {"FOLDER": folder}, overwrite=False)
-    known = base_model or _source_repository(folder)
+    known = base_model or state_of(metadata_of(folder)).get("repo_id")
     if known is None:
         raise UserError(
             f"the Hub id of the model in {folder} is not known, and the card must name it: give --base-model "
@@ -53,12 +40,8 @@ def _check(folder: Path, output: Path, bits: int, base_model: str | None, repo_i
         )
     # Room for the half of 16 bits, and for what is not quantised.
     check_space(output, sum(file.stat().st_size for file in folder.glob("*.safetensors")) * bits // 12)
-    try:
+    with told("bitsandbytes cannot be imported", 'pip install "delta-llava[quantization]"'):
         import bitsandbytes  # noqa: F401 (transformers needs it)
-    except ImportError as error:
-        raise UserError(
-            f'bitsandbytes cannot be imported ({reason(error)}): pip install "delta-llava[quantization]"'
-        ) from error
     return known
 
 
@@ -120,14 +103,8 @@ def quantize(
                 (building / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / path, building / path)
         model.save_pretrained(building)
-        _keep_portable(building)
+        config = read_json(building / "config.json")
+        config.pop("_name_or_path", None)  # the source on this machine
+        write_json(building / "config.json", config)
         write_card(building, repo_id=repo_id, revision=revision, base_models=[base], name=output.name)
     return output
-
-
-def _keep_portable(output: Path) -> None:
-    """Takes out of config.json what only held on the machine that quantised: the path of the source."""
-    path = output / "config.json"
-    config = read_json(path)
-    config.pop("_name_or_path", None)
-    write_json(path, config)

@@ -8,7 +8,7 @@ from typing import Any
 
 from delta_llava.errors import UserError
 from modeling_delta_llava.asking import model_folder
-from modeling_delta_llava.card import PAPER, load_card, state_of
+from modeling_delta_llava.card import PAPER, metadata_of, state_of
 from modeling_delta_llava.folders import atomic_folder, check_output_folder
 from modeling_delta_llava.hub_cards.card import read_config, write_file
 from modeling_delta_llava.hub_cards.figure import draw_scores, figure_class
@@ -46,11 +46,7 @@ def prepare(
         check_output_folder(folder, f"REPORT {folder}", "holds no report", holds_page(folder), replaces=True)
     figure_class()
     place = model_folder(model, revision, weights=False)
-    if variant is None:
-        try:
-            variant = state_of(load_card(place)).get("variant")
-        except (OSError, ValueError):
-            return None
+    variant = variant or state_of(metadata_of(place)).get("variant")
     if variant is None:
         return None
     listed = get_variant(variant)

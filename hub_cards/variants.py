@@ -60,7 +60,6 @@ class Table:
     """A table of the paper: `key` names the columns that identify a row."""
 
     name: str
-    title: str
     key: tuple[str, ...]
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
@@ -103,8 +102,8 @@ class Part:
 class Recipe:
     """How a variant is trained: Hub data sets, one sentence per stage, what the stages share."""
 
-    datasets: tuple[str, ...]
-    stages: tuple[str, ...]
+    datasets: list[str]
+    stages: list[str]
     shared: str
 
 
@@ -177,7 +176,7 @@ def paper_tables() -> dict[str, Table]:
             if len(cells) != len(columns):
                 raise ValueError(f"table {name}: {len(cells)} cells for {len(columns)} columns in {line.strip()!r}")
             rows.append(Row(name, dict(zip(columns, cells, strict=True))))
-        tables[name] = Table(name, entry["title"], tuple(entry["key"]), columns, tuple(rows))
+        tables[name] = Table(name, tuple(entry["key"]), columns, tuple(rows))
     return tables
 
 
@@ -197,10 +196,7 @@ def variants() -> dict[str, Variant]:
     """All variants by repository name, in the order of `variants.yaml`."""
     data = _read("variants.yaml")
     tables = paper_tables()
-    recipes = {
-        name: Recipe(tuple(entry["datasets"]), tuple(entry["stages"]), entry["shared"])
-        for name, entry in data["recipes"].items()
-    }
+    recipes = {name: Recipe(**entry) for name, entry in data["recipes"].items()}
     rates = {row.tokens: row for row in tables["Figure 3"].rows}
     result = {}
     for entry in data["variants"]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 import transformers
 import yaml
@@ -17,9 +16,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import logging as hub_logging
 from transformers import TrainerState, TrainingArguments
 
-from delta_llava.errors import UserError, reason
+from delta_llava.errors import reason, told
 
 from .configuration_delta_llava import TRANSFORMERS_RANGE
+from .sources import is_hub_id
 
 PAPER = {
     "title": "Delta-LLaVA: Base-then-Specialize Alignment for Token-Efficient Vision-Language Models",
@@ -91,7 +91,8 @@ def render(facts: Facts, results: Sequence[EvalResult] = (), **variant: Any) -> 
     side = vision["image_size"] // vision["patch_size"]
     budgets = [(side // scale) ** 2 for scale in range(1, side + 1) if side % scale == 0]
     tokens = facts.config["num_visual_tokens"]
-    try:
+    advice = f"delete `{STATE}` from the metadata of the present one"
+    with told(f"the card of {facts.name} cannot be written", advice):
         return ModelCard.from_template(
             _metadata(facts, results),
             template_path=str(TEMPLATE),
@@ -107,11 +108,6 @@ def render(facts: Facts, results: Sequence[EvalResult] = (), **variant: Any) -> 
             transformers_range=TRANSFORMERS_RANGE,
             **{"details": (), **variant},
         )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise UserError(
-            f"the card of {facts.name} cannot be written ({reason(error)}): delete `{STATE}` from the metadata of the "
-            "present one"
-        ) from error
 
 
 def _metadata(facts: Facts, results: Sequence[EvalResult]) -> ModelCardData:
@@ -147,9 +143,17 @@ def load_card(folder: Path) -> ModelCard:
         hub_logging.set_verbosity(verbosity)
 
 
-def state_of(card: ModelCard) -> dict[str, Any]:
-    """What a card of ours states about itself, see above; empty for another's."""
-    state = card.data.get(STATE)
+def metadata_of(folder: Path) -> dict[str, Any]:
+    """The metadata of a folder's present card; empty without a readable one."""
+    try:
+        return load_card(folder).data.to_dict()
+    except (OSError, ValueError):
+        return {}
+
+
+def state_of(metadata: dict[str, Any]) -> dict[str, Any]:
+    """What the metadata of a card of ours states about itself, see above; empty for another's."""
+    state = metadata.get(STATE)
     return state if isinstance(state, dict) else {}
 
 
@@ -231,9 +235,7 @@ def progress(state: TrainerState) -> dict[str, Any]:
 
 def hub_name(name: str | None) -> str | None:
     """`owner/name` as it is; nothing for paths, which mean nothing on another machine."""
-    if not name or Path(name).expanduser().exists() or name.startswith(("/", ".", "~")) or name.count("/") != 1:
-        return None
-    return name
+    return name if name and is_hub_id(name) else None
 
 
 def shown(name: str | None) -> str | None:

@@ -214,42 +214,33 @@ def one_line(error: BaseException, doing: str, repo_id: str) -> str:
         repo_id: namespace/name on the Hub, with its role (`SOURCE user/model`) if it has one.
     """
     chain = causes(error)
-    long_wait = next((cause for cause in chain if isinstance(cause, LongWaitError)), None)
     status, server = status_of(error), _server_message(error)
     again = "run the same command again; what is there already is not sent again"
-    if long_wait is not None:
-        what = str(long_wait)
-    elif any(isinstance(cause, LocalTokenNotFoundError) for cause in chain):
-        what = "no token: run `hf auth login`, or set HF_TOKEN to a token that may write"
-    elif any(isinstance(cause, OfflineModeIsEnabled) for cause in chain):
-        what = "HF_HUB_OFFLINE is set, and it is not in the cache: unset that"
-    elif any(isinstance(cause, GatedRepoError) for cause in chain):
-        what = "access must be asked for on its page, then log in with `hf auth login`"
-    elif any(isinstance(cause, RevisionNotFoundError) for cause in chain):
-        what = f"it has no such revision ({status}, {server})"
-    elif any(isinstance(cause, RepositoryNotFoundError) for cause in chain):
-        what = f"no such repository, or it is private ({status}): check the name, and log in with `hf auth login`"
-    elif status == 401:
-        what = f"the Hub refuses the token (401, {server}): run `hf auth login`, or set HF_TOKEN to a valid token"
-    elif status == 403:
-        what = (
-            f"the token may not do this (403, {server}): use a token with write access to "
-            f"{repo_id.split('/')[0]!r}, from https://huggingface.co/settings/tokens"
-        )
-    elif status == 404:
-        what = f"not found (404, {server}): check the name, and that the token can see {repo_id}"
-    elif status == 412:
-        what = "somebody else has committed meanwhile (412): look at their commit, then run the same command again"
-    elif status == 409:
-        what = f"conflict (409, {server}): run the same command again"
-    elif status == 413:
-        what = f"too large (413, {server}): write smaller shards (`max_shard_size`)"
-    elif status == 429:
-        what = "the Hub limits the rate of requests (429): run the same command again later"
-    elif status is not None and status >= 500:
+    by_class = {
+        LongWaitError: next((str(cause) for cause in chain if isinstance(cause, LongWaitError)), ""),
+        LocalTokenNotFoundError: "no token: run `hf auth login`, or set HF_TOKEN to a token that may write",
+        OfflineModeIsEnabled: "HF_HUB_OFFLINE is set, and it is not in the cache: unset that",
+        GatedRepoError: "access must be asked for on its page, then log in with `hf auth login`",
+        RevisionNotFoundError: f"it has no such revision ({status}, {server})",
+        RepositoryNotFoundError: f"no such repository, or it is private ({status}): check the name, and log in with "
+        "`hf auth login`",
+    }
+    by_status = {
+        401: f"the Hub refuses the token (401, {server}): run `hf auth login`, or set HF_TOKEN to a valid token",
+        403: f"the token may not do this (403, {server}): use a token with write access to "
+        f"{repo_id.split('/')[0]!r}, from https://huggingface.co/settings/tokens",
+        404: f"not found (404, {server}): check the name, and that the token can see {repo_id}",
+        409: f"conflict (409, {server}): run the same command again",
+        412: "somebody else has committed meanwhile (412): look at their commit, then run the same command again",
+        413: f"too large (413, {server}): write smaller shards (`max_shard_size`)",
+        429: "the Hub limits the rate of requests (429): run the same command again later",
+    }
+    known = (text for kind, text in by_class.items() if any(isinstance(cause, kind) for cause in chain))
+    what = next(known, by_status.get(status))
+    if what is None and status is not None and status >= 500:
         what = f"the Hub is in trouble ({status}, {server}): {again}"
-    elif is_transient(error):
+    elif what is None and is_transient(error):
         what = f"no connection to the Hub ({server}): {again}"
-    else:
+    elif what is None:
         what = server if status is None else f"{server} ({status})"
     return " ".join(scrub(f"{repo_id}: {doing} failed: {what}").split())

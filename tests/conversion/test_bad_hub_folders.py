@@ -11,8 +11,8 @@ import pytest
 
 from delta_llava.errors import UserError
 from modeling_delta_llava import sources as sources_module
+from modeling_delta_llava.conversion.configs import RECORD_FILE, TRAINING_FOLDER
 from modeling_delta_llava.conversion.export import export
-from modeling_delta_llava.conversion.record import RECORD_FILE, TRAINING_FOLDER
 from tests.conversion.conftest import assert_same_tensors, change_json, read_tensors
 from tests.training_layout import write_json
 
@@ -150,14 +150,14 @@ def test_the_training_folder_of_a_hub_snapshot_is_followed(hub, tmp_path):
 
 
 def test_a_source_file_that_may_not_be_read_while_writing(stage2, refused, monkeypatch):
-    read = Path.read_bytes
+    copy = shutil.copyfile
 
-    def refuse(self):
-        if self == stage2 / "special_tokens_map.json":
-            raise PermissionError(errno.EACCES, "Permission denied", str(self))
-        return read(self)
+    def refuse(source, target):
+        if source == stage2 / "special_tokens_map.json":
+            raise PermissionError(errno.EACCES, "Permission denied", str(source))
+        return copy(source, target)
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(shutil, "copyfile", refuse)
     line = refused(stage2)
     assert f"{stage2 / 'special_tokens_map.json'} cannot be read (Permission denied)" in line
     assert "OUTPUT" not in line

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from delta_llava.errors import UserError
 from modeling_delta_llava.conversion import tables
 from modeling_delta_llava.conversion.tables import backwards, is_dropped, new_name, rename, training_table
-from modeling_delta_llava.conversion.weights import QKV, SQUEEZED, Weight, with_parts_joined, with_parts_split
+from modeling_delta_llava.conversion.write import QKV, SQUEEZED, Weight, with_parts_joined, with_parts_split
 from tests.training_layout import (
     TrainingLayout,
     plain_projector_shapes,

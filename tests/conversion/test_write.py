@@ -11,11 +11,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from delta_llava.errors import UserError
-from modeling_delta_llava.conversion import weights as weights_module
 from modeling_delta_llava.conversion import write
 from modeling_delta_llava.conversion.source import read_weight_file
-from modeling_delta_llava.conversion.weights import LowRankUpdate, Weight
-from modeling_delta_llava.conversion.write import count_nonfinite, parse_size, plan_shards, write_shards
+from modeling_delta_llava.conversion.write import (
+    LowRankUpdate,
+    Weight,
+    count_nonfinite,
+    parse_size,
+    plan_shards,
+    write_shards,
+)
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -84,7 +89,7 @@ def test_what_lies_otherwise_in_the_file_is_no_copy(tmp_path):
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("target", FLOATS[1:])
 def test_a_merge_is_computed_in_fp32_and_rounded_once(tmp_path, base_dtype, target, monkeypatch):
-    monkeypatch.setattr(weights_module, "BLOCK_ELEMENTS", 40)
+    monkeypatch.setattr(write, "BLOCK_ELEMENTS", 40)
     base = torch.randn(12, 8).to(base_dtype)
     update = LowRankUpdate(torch.randn(3, 8).bfloat16(), torch.randn(12, 3).bfloat16(), 0.5)
     found = weight_of(base, tmp_path, dtype=target, update=update).value()
@@ -96,7 +101,7 @@ def test_a_merge_is_computed_in_fp32_and_rounded_once(tmp_path, base_dtype, targ
 
 @pytest.mark.parametrize("block", [1, 24, 1 << 20])
 def test_mean_rows_have_the_mean_logit(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(weights_module, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(write, "BLOCK_ELEMENTS", block)
     values = torch.randn(50, 7)
     weight = weight_of(values, tmp_path, mean_rows=3)
     found = weight.value()

@@ -175,7 +175,8 @@ def test_every_snippet_parses_and_is_pinned():
         for snippet in snippets:
             ast.parse(snippet)
             assert f'model_id = "user/{name}"\nrevision = "v1.0"\n' in snippet
-        assert state_of(card_of(name)) == {"repo_id": f"user/{name}", "revision": "v1.0", "variant": name}
+        state = state_of(card_of(name).data.to_dict())
+        assert state == {"repo_id": f"user/{name}", "revision": "v1.0", "variant": name}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -305,7 +306,7 @@ def test_training_of_our_finetuning_is_kept_in_the_metadata(model_folder):
         assert "Started from model `user/base`." in card.text
         assert "| 2 | 1.5000 |  |" in card.text
         assert "written by hand" not in card.text
-        assert state_of(card)["training"] == training
+        assert state_of(card.data.to_dict())["training"] == training
         assert card.data.base_model == "user/base"
         assert card.data.datasets == ["user/data"]
         assert card.data.license == "mit"

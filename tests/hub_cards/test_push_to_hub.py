@@ -145,7 +145,7 @@ def test_our_trainer_names_the_repository_in_its_card(hub, client, hub_folder, t
     card = card_of(hub, "user/tuned")
     assert metadata_problems(card.data.to_dict()) == []
     assert 'model_id = "user/tuned"\nrevision = "main"\n' in card.text
-    assert state_of(card)["training"]["steps"] == 1
+    assert state_of(card.data.to_dict())["training"]["steps"] == 1
     assert "example.png" in hub.files("user/tuned")
     assert str(tmp_path) not in card.content
     assert "modeling_delta_llava.py" in hub.files("user/tuned")
