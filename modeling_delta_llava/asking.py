@@ -1,12 +1,12 @@
 """`delta-llava ask`: one question about pictures and videos, answered as a stream of text."""
 
 import os
-import queue
-import threading
 from collections.abc import Sequence
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 
 from delta_llava.errors import UserError, printable, reason, told
+from delta_llava.threads import in_daemon_thread
 
 from .json_files import ADAPTER_CONFIG, check_files, check_sizes, read_json
 from .sources import local_folder
@@ -34,24 +34,13 @@ def download(address: str) -> bytes:
     """
     from . import processing_delta_llava as processing
 
-    answer: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
-
-    def fetch() -> None:
-        try:
-            answer.put(processing.download_picture(address))
-        except Exception as error:
-            answer.put(error)
-
-    # A thread that nobody waits for: looking up a name and reading slow headers have no time limit of their own.
-    threading.Thread(target=fetch, daemon=True).start()
+    # Looking up a name and reading slow headers have no time limit of their own.
+    content = in_daemon_thread(processing.download_picture, address)
     with told(f"{printable(address)} cannot be fetched", "save it, and give its path"):
         try:
-            content = answer.get(timeout=processing.DOWNLOAD_SECONDS)
-        except queue.Empty:
+            return content.result(timeout=processing.DOWNLOAD_SECONDS)
+        except FutureTimeoutError:
             raise TimeoutError(f"not complete after {processing.DOWNLOAD_SECONDS} seconds") from None
-        if isinstance(content, Exception):
-            raise content
-    return content
 
 
 def check_question(question: str) -> None:

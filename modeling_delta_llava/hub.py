@@ -1,7 +1,11 @@
 """The Hub: requests that end in bounded time, trouble that passes outlasted, everything else told in one line."""
 
+import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from functools import partial
 from importlib.metadata import version
 from typing import TypeVar
 
@@ -18,11 +22,14 @@ from huggingface_hub.utils import httpx, parse_ratelimit_headers
 
 from delta_llava.errors import UserError, reason
 from delta_llava.redaction import scrub
+from delta_llava.threads import in_daemon_thread
 
 SILENCE = 60.0
 """Seconds without a byte, in either direction, after which a request has failed."""
 SLOWEST = 1000.0
 """Bytes per second that an answer must bring on average, [`SILENCE`] seconds set aside."""
+LARGEST_TEXT = 100_000_000
+"""Bytes of an answer that is JSON, or does not say how long it is."""
 LONGEST_WAIT = 60.0
 """Longest pause in seconds that the Hub can ask for."""
 ATTEMPTS = 4
@@ -39,8 +46,10 @@ class LongWaitError(RuntimeError):
 
 
 def hub_api() -> HfApi:
-    """huggingface_hub's client. From now on, this process's requests end after [`SILENCE`] seconds without a byte, and
-    when the answer drips ([`SLOWEST`]).
+    """huggingface_hub's client.
+
+    From now on, this process's requests end after [`SILENCE`] seconds without a byte, when the answer drips
+    ([`SLOWEST`]), and when it has no end ([`LARGEST_TEXT`]).
 
     The client's own repetitions obey `Retry-After` whatever it says: more than [`LONGEST_WAIT`] is an error now.
     """
@@ -49,8 +58,25 @@ def hub_api() -> HfApi:
 
 
 def _client() -> httpx.Client:
-    hooks = {"request": [_limit_silence], "response": [_refuse_long_wait, _limit_time]}
-    return httpx.Client(event_hooks=hooks, follow_redirects=True)
+    hooks = {"request": [_limit_silence], "response": [_refuse_long_wait, _limit_answer]}
+    return _Client(event_hooks=hooks, follow_redirects=True)
+
+
+class _Client(httpx.Client):
+    """A client that waits a limited time for an answer to begin: what comes before, its headers too, may drip."""
+
+    def send(self, request: httpx.Request, *, stream: bool = False, **options) -> httpx.Response:
+        if request.method not in ("GET", "HEAD"):  # what is sent may take hours
+            return super().send(request, stream=stream, **options)
+        sending = in_daemon_thread(partial(super().send, request, stream=True, **options))
+        try:
+            response = sending.result(timeout=2 * SILENCE)
+        except FutureTimeoutError:
+            raise httpx.ReadTimeout(f"no answer within {2 * SILENCE:.0f} seconds", request=request) from None
+        if not stream:
+            with contextlib.closing(response):
+                response.read()
+        return response
 
 
 def _limit_silence(request: httpx.Request) -> None:
@@ -66,15 +92,16 @@ def _refuse_long_wait(response: httpx.Response) -> None:
         raise LongWaitError(f"the Hub asks to wait for {wait:.0f} s: run the same command again then")
 
 
-def _limit_time(response: httpx.Response) -> None:
-    response.stream = _SteadyStream(response.stream)
+def _limit_answer(response: httpx.Response) -> None:
+    is_text = "json" in response.headers.get("Content-Type", "") or "Content-Length" not in response.headers
+    response.stream = _BoundedStream(response.stream, LARGEST_TEXT if is_text else math.inf)
 
 
-class _SteadyStream(httpx.SyncByteStream):
-    """The bytes of an answer, and an error when they come slower than [`SLOWEST`]."""
+class _BoundedStream(httpx.SyncByteStream):
+    """The bytes of an answer, and an error when they come slower than [`SLOWEST`] or are more than `limit`."""
 
-    def __init__(self, stream: httpx.SyncByteStream):
-        self.stream = stream
+    def __init__(self, stream: httpx.SyncByteStream, limit: float):
+        self.stream, self.limit = stream, limit
 
     def __iter__(self) -> Iterator[bytes]:
         started, size = time.monotonic(), 0
@@ -82,6 +109,8 @@ class _SteadyStream(httpx.SyncByteStream):
             size += len(piece)
             if time.monotonic() - started > SILENCE + size / SLOWEST:
                 raise httpx.ReadTimeout(f"the answer comes at less than {SLOWEST:.0f} bytes per second")
+            if size > self.limit:
+                raise httpx.RemoteProtocolError(f"the answer is longer than {self.limit:,} bytes")
             yield piece
 
     def close(self) -> None:

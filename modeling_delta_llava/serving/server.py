@@ -13,13 +13,13 @@ import hmac
 import json
 import os
 import socket
-import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 from delta_llava.errors import UserError, printable, reason, told
+from delta_llava.threads import in_daemon_thread
 
 try:
     import pydantic  # noqa: F401 - of `reading`
@@ -77,17 +77,7 @@ def gone(request: Request, error: Exception) -> Response:
 
 async def in_thread(function: Callable, *arguments):
     """As `asyncio.to_thread`, in a thread of its own that keeps nobody waiting, the end of the process included."""
-    future = concurrent.futures.Future()
-    future.set_running_or_notify_cancel()
-
-    def run() -> None:
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return await asyncio.wrap_future(future)
+    return await asyncio.wrap_future(in_daemon_thread(function, *arguments))
 
 
 async def unless_gone(request: Request, work: Awaitable):

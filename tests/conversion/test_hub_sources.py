@@ -160,6 +160,25 @@ def test_a_hub_that_drips(hub, run, tmp_path, request_of):
     assert time.monotonic() - begin < 60
 
 
+@pytest.mark.parametrize(
+    ("action", "seconds", "message"),
+    [("drip headers", 0.05, "no answer within 1 seconds"), ("endless", 0, "longer than 1,000,000 bytes")],
+)
+@pytest.mark.parametrize("request_of", ["GET /api/models/someone/delta", "(GET|HEAD) .*/config.json"])
+def test_a_hub_that_never_ends(hub, run, tmp_path, request_of, action, seconds, message):
+    write_stage2(tmp_path / "source", LAYOUT)
+    upload(hub, "someone/delta", tmp_path / "source")
+    hub.fail(request_of, action, times=999, seconds=seconds)
+    limits = "from modeling_delta_llava import hub; hub.SILENCE = 0.5; hub.LARGEST_TEXT = 1_000_000"
+    begin = time.monotonic()
+    done = run("convert", "someone/delta", "hub", first=limits)
+    assert done.returncode == 2
+    assert "error: SOURCE someone/delta: it is no folder here, and downloading it failed" in done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - begin < 60
+
+
 @pytest.mark.parametrize("beside", ["mm_projector.bin", "adapter_config.json"])
 def test_whole_weights_beside_another_form(hub, run, tmp_path, beside):
     """A repository and a folder with the same files get the same answer."""

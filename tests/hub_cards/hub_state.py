@@ -67,7 +67,8 @@ class Fault:
         "cut"       read `at` bytes of the request's body, then reset the connection
         "swallow"   do what was asked, then reset the connection instead of answering
         "stall"     sleep `seconds`, then do what was asked
-        "drip"      do what was asked, and answer a byte every `seconds`
+        "drip"      do what was asked, and answer a byte every `seconds`; "drip headers" so from the first header on
+        "endless"   answer JSON without an end
         "tamper"    (commits) store other bytes than those sent for the files that match `path`
         "call"      call `function(hub)` first, then do what was asked
     """

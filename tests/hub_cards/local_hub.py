@@ -32,6 +32,11 @@ from tests.hub_cards.hub_state import Commit, Entry, Fault, Repo, Request, git_o
 LFS_SUFFIXES = (".safetensors", ".bin", ".model", ".pt", ".pth", ".npz", ".zip", ".gz")
 LFS_SIZE = 10 * 2**20
 BLOCK = 2**20
+# Faults whose answer has no end: how it starts behind the status, and what follows again and again.
+ENDLESS = {
+    "drip headers": (b"X-More: ", b"x"),
+    "endless": (b"Content-Type: application/json\r\nConnection: close\r\n\r\n[", b"0, " * 2**16),
+}
 # A model repository in a route of the API, or a dataset repository, whose id keeps its prefix: "datasets/user/name".
 REPO = r"(?:models/|(?=datasets/))((?:datasets/)?[^/]+/[^/]+)"
 # A part of https://huggingface.co/docs/hub/repositories-licenses, enough for what the tests publish.
@@ -240,6 +245,8 @@ class Handler(BaseHTTPRequestHandler):
                     time.sleep(fault.seconds)
                 elif fault.action == "swallow":
                     swallow = True
+                elif fault.action in ENDLESS:
+                    self.answer_without_end(*ENDLESS[fault.action], fault.seconds)
                 elif fault.action == "drip":
                     self.drip = fault.seconds
                 elif fault.action == "tamper":
@@ -285,6 +292,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def json(self) -> dict:
         return json.loads(b"".join(self.blocks()) or b"{}")
+
+    def answer_without_end(self, start: bytes, more: bytes, seconds: float) -> None:
+        self.record(200)
+        self.wfile.write(b"HTTP/1.1 200 OK\r\n" + start)
+        while True:
+            self.wfile.write(more)
+            time.sleep(seconds)
 
     def answer(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
         if getattr(self, "swallow", False):
