@@ -288,11 +288,6 @@ class SettingsParser(HfArgumentParser):
         raise UserError(f"{self.where}: {scrub(printable(message, 1000))}")
 
 
-def settings_help() -> str:
-    """Every setting with its default and its help, and the packaged recipes."""
-    return SettingsParser().format_help()
-
-
 def config_path(name: str) -> Path:
     """The YAML file that `name` stands for: a path, or a packaged recipe such as `vicuna-7b/stage1`.
 
@@ -511,7 +506,7 @@ def _check_built(parser: SettingsParser, training: DeltaLlavaTrainingArguments) 
         parser.error("save_only_model leaves shards that load_best_model_at_end cannot load; remove one of them")
     for callback in get_reporting_integration_callbacks(training.report_to):
         callback()
-    model = torch.nn.Linear(1, 1)
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1))
     if training.torch_compile:
         with trying("torch_compile_backend or torch_compile_mode"):
             torch.compile(model, backend=training.torch_compile_backend, mode=training.torch_compile_mode)
@@ -528,9 +523,8 @@ def _check_built(parser: SettingsParser, training: DeltaLlavaTrainingArguments) 
         )
     with trying(f"{CHECKPOINTING}_kwargs"):
         checkpoint(model, torch.ones(1, 1), **recomputed)
-    if training.optim_target_modules is None:
-        with trying("optim or optim_args"):
-            _check_optimizer(parser, training, model)
+    with trying("optim or optim_args"):
+        _check_optimizer(parser, training, model)
     if training.lr_scheduler_kwargs and training.lr_scheduler_type.startswith("constant"):
         parser.error(f"lr_scheduler_kwargs: {training.lr_scheduler_type.value} has no use for any; leave it out")
     with trying("lr_scheduler_kwargs"):
@@ -540,8 +534,11 @@ def _check_built(parser: SettingsParser, training: DeltaLlavaTrainingArguments) 
 
 def _check_optimizer(parser: SettingsParser, training: DeltaLlavaTrainingArguments, model: torch.nn.Module) -> None:
     """Makes a run's optimizer for another model; each of `optim_args` must change it, for what is unknown does not."""
+    training = copy.copy(training)
+    if training.optim_target_modules is not None:
+        training.optim_target_modules = "all-linear"
     optimizer, settings = transformers.Trainer.get_optimizer_cls_and_kwargs(training, model)
-    if "model" not in settings:
+    if not settings.keys() & {"model", "params"}:  # others take the model itself, or parts of it
         optimizer(model.parameters(), **settings)
     pairs = training.optim_args.split(",") if training.optim_args else []
     for pair in pairs:
