@@ -250,6 +250,7 @@ BAD_SETTINGS = {
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": "maybe"}},
         "checkpointing_kwargs: use_reentrant must be true or false",
     ),
+    "compiler that is not installed": ({"torch_compile_backend": "tvm"}, "torch_compile_backend .*apache-tvm"),
     "half precision without a GPU": ({"fp16": True}, "fp16 needs a GPU; set bf16"),
     "no metric": ({**EVALUATED, "metric_for_best_model": ""}, "metric_for_best_model must be one of loss"),
     "unread by sgd": (
