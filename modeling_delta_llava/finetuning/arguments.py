@@ -513,12 +513,11 @@ def _check_built(parser: SettingsParser, training: DeltaLlavaTrainingArguments) 
             torch.compile(model, backend=training.torch_compile_backend)(torch.ones(1, 1))  # backends come in packages
             TorchDynamoPlugin(backend=training.torch_compile_backend, mode=training.torch_compile_mode)
     recomputed = dict(training.gradient_checkpointing_kwargs or {"use_reentrant": False})
-    if IS_RENAMED:
-        every = recomputed.pop("every_n_layers", 1)
-        if type(every) is not int or every < 1:
-            parser.error(f"{CHECKPOINTING}_kwargs: every_n_layers must be at least 1, found {every!r}")
-        if recomputed.pop("offload", False) and is_on_cpu:
-            parser.error(f"{CHECKPOINTING}_kwargs: offload needs a GPU to take activations from; leave it out")
+    every = recomputed.pop("every_n_layers", 1)
+    if type(every) is not int or every < 1:
+        parser.error(f"{CHECKPOINTING}_kwargs: every_n_layers must be at least 1, found {every!r}")
+    if IS_RENAMED and recomputed.pop("offload", False) and is_on_cpu:
+        parser.error(f"{CHECKPOINTING}_kwargs: offload needs a GPU to take activations from; leave it out")
     if not isinstance(recomputed["use_reentrant"], bool):
         parser.error(
             f"{CHECKPOINTING}_kwargs: use_reentrant must be true or false, found {recomputed['use_reentrant']!r}"

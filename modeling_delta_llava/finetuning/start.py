@@ -211,8 +211,8 @@ def join(
 def kept_in_fp32(modules: set[str]) -> Iterator[None]:
     """While active, `from_pretrained` keeps these modules in fp32 whatever dtype is asked for.
 
-    A model class names such modules in this attribute; no argument of `from_pretrained` does (a dtype for each part is
-    ignored since transformers 5.24).
+    A model class names such modules in this attribute, and no argument of `from_pretrained` does: given a dtype for
+    each part, it takes that of the whole.
     """
     previous = DeltaLlavaForConditionalGeneration._keep_in_fp32_modules_strict
     DeltaLlavaForConditionalGeneration._keep_in_fp32_modules_strict = modules

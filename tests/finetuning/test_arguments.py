@@ -251,6 +251,14 @@ BAD_SETTINGS = {
         "checkpointing_kwargs: use_reentrant must be true or false",
     ),
     "compiler that is not installed": ({"torch_compile_backend": "tvm"}, "torch_compile_backend .*apache-tvm"),
+    "layers of recomputation": (
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"every_n_layers": 0}},
+        "every_n_layers must be at least 1, found 0",
+    ),
+    "activations that are nowhere else": (
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"offload": True}},
+        "checkpointing_kwargs.*offload",
+    ),
     "half precision without a GPU": ({"fp16": True}, "fp16 needs a GPU; set bf16"),
     "no metric": ({**EVALUATED, "metric_for_best_model": ""}, "metric_for_best_model must be one of loss"),
     "unread by sgd": (
