@@ -361,7 +361,9 @@ def test_bad_input_is_one_line_and_status_2(workplace, tmp_path, capsys, change,
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert re.search(words, errors[0]), errors[0]
-    assert not (tmp_path / "run").exists()
+    is_met_in_a_batch = "cannot be decoded" in words or "is over the limit" in words
+    assert (tmp_path / "run").exists() == is_met_in_a_batch
+    assert not list(tmp_path.glob("run/checkpoint-*"))
 
 
 def test_another_runs_checkpoint_is_left_alone(workplace, tmp_path, capsys):
