@@ -54,7 +54,7 @@ test-deepspeed: install
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c requirements/newest.txt wheel
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c requirements/newest.txt \
 		--no-build-isolation --no-deps --upgrade --target $(VENV)/deepspeed \
-		deepspeed hjson msgpack ninja py-cpuinfo
+		deepspeed einops hjson msgpack ninja py-cpuinfo
 	PYTHONPATH=$(abspath $(VENV)/deepspeed) DS_ACCELERATOR=cpu $(PYTHON) -c 'import deepspeed'
 	PYTHONPATH=$(abspath $(VENV)/deepspeed) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
 		$(PYTHON) -m pytest -k deepspeed tests/finetuning/test_several_processes.py

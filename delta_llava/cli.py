@@ -444,9 +444,9 @@ def quantize(
 
 def _print_settings(requested: bool) -> None:
     if requested:
-        from modeling_delta_llava.finetuning.arguments import settings_help
+        from modeling_delta_llava.finetuning.arguments import SettingsParser
 
-        typer.echo(settings_help())
+        typer.echo(SettingsParser().format_help())
         raise typer.Exit
 
 

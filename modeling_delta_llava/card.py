@@ -161,7 +161,7 @@ def state_of(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def trained_card(
-    facts: dict[str, Any],
+    settings: dict[str, Any],
     state: TrainerState,
     args: TrainingArguments,
     config: Any,
@@ -171,18 +171,19 @@ def trained_card(
     """The card that goes with every folder a training run saves.
 
     Args:
-        facts: what only the run knows: `model`, `language_model`, `vision_tower` (names), `data` (file or repo names),
-            `format`, `rows`.
+        settings: the run's own: `model` or `language_model` and `vision_tower`, `data_path`, `streaming`, `format`,
+            and the number of `rows`.
         state: steps, epochs and the log so far.
         args: hyper-parameters.
         config: the model's config.
         parts: name, trained and frozen parameters of each part.
         is_adapter: the folder holds a LoRA adapter and not a whole model.
     """
-    sources = {name: facts[name] for name in ("model", "language_model", "vision_tower") if facts.get(name)}
-    dataset = hub_name(facts.get("data"))
+    sources = {name: settings[name] for name in ("model", "language_model", "vision_tower") if settings.get(name)}
+    data, rows = settings.get("data_path"), settings.get("rows", "all")
+    dataset = hub_name(data)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    settings = {
+    hyper_parameters = {
         "learning rate": args.learning_rate,
         "projector learning rate": getattr(args, "projector_learning_rate", None),
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
@@ -198,12 +199,12 @@ def trained_card(
     }
     training = {
         "started_from": {name.replace("_", " "): shown(value) for name, value in sources.items()},
-        "data": shown(facts.get("data")) or "in memory",
-        "rows": str(facts.get("rows", "all")),
-        "format": str(facts.get("format", "template")),
+        "data": shown(data) or "in memory",
+        "rows": "streamed" if settings.get("streaming") else f"{rows:,}" if isinstance(rows, int) else rows,
+        "format": str(settings.get("format", "template")),
         "num_visual_tokens": list(config.trained_num_visual_tokens or [config.num_visual_tokens]),
         "parts": [list(part) for part in parts],
-        "settings": {name: value for name, value in settings.items() if value is not None},
+        "settings": {name: value for name, value in hyper_parameters.items() if value is not None},
         **progress(state),
     }
     return render(

@@ -1,12 +1,14 @@
 """Settings of a training run: three dataclasses, read by one parser from a flat YAML file and `--key value` words."""
 # ruff: noqa: RUF009 - `setting` makes a field
 
+import copy
 import difflib
 import json
+import os
 import re
 from argparse import Namespace
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_type_hints
@@ -14,10 +16,13 @@ from typing import Any, Literal, NoReturn, get_type_hints
 import torch
 import transformers
 import yaml
+from accelerate.utils import TorchDynamoPlugin
+from torch.utils.checkpoint import checkpoint
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.training_args import ParallelMode
 from transformers.utils import is_torch_tf32_available
 
 from delta_llava.errors import UserError, printable, told
@@ -143,6 +148,8 @@ class DeltaLlavaTrainingArguments(transformers.TrainingArguments):
         if self.trackio_static_space_id in ("false", "False"):
             self.trackio_static_space_id = False
         super().__post_init__()
+        if isinstance(self.gradient_checkpointing_kwargs, dict):
+            self.gradient_checkpointing_kwargs.setdefault("use_reentrant", False)  # as transformers has it without any
         if self.accelerator_config.dispatch_batches is None:
             self.accelerator_config.dispatch_batches = False
 
@@ -151,6 +158,11 @@ class DeltaLlavaTrainingArguments(transformers.TrainingArguments):
         """The device of this process, without a number on CPUs: `torch.load` knows no `cpu:0`."""
         device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
+
+    @property
+    def uses_fsdp(self) -> bool:
+        """Whether FSDP shards the model, as these settings or those of `accelerate launch` say."""
+        return bool(self.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
 
 
 @dataclass
@@ -189,6 +201,9 @@ REFUSED = {
     "group_by_length": "set train_sampling_strategy: group_by_length",
     "warmup_ratio": "set warmup_steps to the same share",
 }
+# The name of both that the installed transformers has, the newer where it has both.
+IS_RENAMED = hasattr(transformers.TrainingArguments, "activation_checkpointing")
+CHECKPOINTING = "activation_checkpointing" if IS_RENAMED else "gradient_checkpointing"
 # What is of no use without another setting.
 NEEDS = {
     "model_revision": "model",
@@ -208,6 +223,8 @@ NEEDS = {
     "early_stopping_threshold": "early_stopping_patience",
     "dataloader_persistent_workers": "dataloader_num_workers",
     "dataloader_multiprocessing_context": "dataloader_num_workers",
+    f"{CHECKPOINTING}_kwargs": CHECKPOINTING,
+    "fsdp_config": "fsdp",
 }
 EXCLUSIVE = (
     ("model", "language_model", "a `model` brings its own"),
@@ -216,6 +233,7 @@ EXCLUSIVE = (
     ("lora_rank", "train_language_model", "LoRA keeps it frozen"),
     ("lora_rank", "train_vision_tower", "LoRA keeps it frozen"),
     ("predict_with_generate", "prediction_loss_only", "it leaves no answers to score"),
+    ("fsdp", "deepspeed", "each shards the model"),
 )
 # The numbers that a run can use; all must be finite, and whole ones fit into 64 bits.
 AT_LEAST_1 = """
@@ -240,9 +258,6 @@ LIMITS = {
 }
 # Lists that may also be written as in YAML, [a, b].
 LISTS = ("visual_token_budgets", "visual_token_budget_weights", "lora_target_modules", "report_to")
-# The name of both that the installed transformers has, the newer where it has both.
-IS_RENAMED = hasattr(transformers.TrainingArguments, "activation_checkpointing")
-CHECKPOINTING = "activation_checkpointing" if IS_RENAMED else "gradient_checkpointing"
 
 
 class SettingsParser(HfArgumentParser):
@@ -271,11 +286,6 @@ class SettingsParser(HfArgumentParser):
         if named is not None:
             message = f"{named[1]}: {REFUSED.get(named[1], message[named.end() :])}"
         raise UserError(f"{self.where}: {scrub(printable(message, 1000))}")
-
-
-def settings_help() -> str:
-    """Every setting with its default and its help, and the packaged recipes."""
-    return SettingsParser().format_help()
 
 
 def config_path(name: str) -> Path:
@@ -459,7 +469,7 @@ def _check(parser: SettingsParser, chosen: Namespace, changed: dict[str, Any]) -
     if chosen.metric != "exact_match" and not re.fullmatch(r".+:\w+", chosen.metric):
         parser.error("metric must be exact_match, FILE.py:function or module:function")
     measured = ("loss", "exact_match")[: 1 + chosen.predict_with_generate]
-    best = (chosen.metric_for_best_model or "loss").removeprefix("eval_")
+    best = "loss" if chosen.metric_for_best_model is None else chosen.metric_for_best_model.removeprefix("eval_")
     if chosen.metric == "exact_match" and best not in measured:
         parser.error(f"metric_for_best_model must be one of {', '.join(measured)}, which evaluation measures")
     if chosen.optim_target_modules and not chosen.optim.startswith(("galore", "apollo")):
@@ -471,7 +481,11 @@ def _check(parser: SettingsParser, chosen: Namespace, changed: dict[str, Any]) -
 
 
 def _check_built(parser: SettingsParser, training: DeltaLlavaTrainingArguments) -> None:
-    """Makes what a run would only find impossible later: loggers, compiler, optimizer and schedule."""
+    """Makes what a run would only find impossible later: loggers, compiler, recomputation, optimizer and schedule."""
+
+    def trying(names: str) -> AbstractContextManager:
+        return told(f"{parser.where}: {names} cannot be used", "correct what the reason names")
+
     for name, value in vars(training).items():
         if name.endswith("_kwargs") and isinstance(value, str):
             parser.error(f"{name} must be a mapping, found {value!r}")
@@ -480,12 +494,56 @@ def _check_built(parser: SettingsParser, training: DeltaLlavaTrainingArguments) 
         parser.error("accelerator_config: every rank reads whole batches, equally many; take its *_batches out")
     if config.gradient_accumulation_kwargs:
         parser.error("accelerator_config: set gradient_accumulation_steps in place of gradient_accumulation_kwargs")
+    is_on_cpu = training.device.type == "cpu"
+    if training.fp16 and is_on_cpu:
+        parser.error("fp16 needs a GPU; set bf16: true, or leave it out")
+    if training.fsdp and (is_on_cpu or training.parallel_mode != ParallelMode.DISTRIBUTED):
+        parser.error("fsdp needs several processes with a GPU each; start with `accelerate launch`, or leave fsdp out")
+    if training.fsdp and training.fsdp_config.get("activation_checkpointing") and training.gradient_checkpointing:
+        parser.error(f"{CHECKPOINTING} and that of fsdp_config do not go together; leave one of them out")
+    is_sharded = training.uses_fsdp or training.deepspeed_plugin is not None
+    if is_sharded and training.save_only_model and training.load_best_model_at_end:
+        parser.error("save_only_model leaves shards that load_best_model_at_end cannot load; remove one of them")
     for callback in get_reporting_integration_callbacks(training.report_to):
         callback()
-    model = torch.nn.Linear(1, 1)
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1))
     if training.torch_compile:
-        torch.compile(model, backend=training.torch_compile_backend, mode=training.torch_compile_mode)
-    if training.optim_target_modules is None:
-        transformers.Trainer.get_optimizer_cls_and_kwargs(training, model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    transformers.get_scheduler(training.lr_scheduler_type, optimizer, 1, 2, training.lr_scheduler_kwargs)
+        with trying("torch_compile_backend or torch_compile_mode"):
+            torch.compile(model, backend=training.torch_compile_backend, mode=training.torch_compile_mode)
+            torch.compile(model, backend=training.torch_compile_backend)(torch.ones(1, 1))  # backends come in packages
+            TorchDynamoPlugin(backend=training.torch_compile_backend, mode=training.torch_compile_mode)
+    recomputed = dict(training.gradient_checkpointing_kwargs or {"use_reentrant": False})
+    every = recomputed.pop("every_n_layers", 1)
+    if type(every) is not int or every < 1:
+        parser.error(f"{CHECKPOINTING}_kwargs: every_n_layers must be at least 1, found {every!r}")
+    if IS_RENAMED and recomputed.pop("offload", False) and is_on_cpu:
+        parser.error(f"{CHECKPOINTING}_kwargs: offload needs a GPU to take activations from; leave it out")
+    if not isinstance(recomputed["use_reentrant"], bool):
+        parser.error(
+            f"{CHECKPOINTING}_kwargs: use_reentrant must be true or false, found {recomputed['use_reentrant']!r}"
+        )
+    with trying(f"{CHECKPOINTING}_kwargs"):
+        checkpoint(model, torch.ones(1, 1), **recomputed)
+    with trying("optim or optim_args"):
+        _check_optimizer(parser, training, model)
+    if training.lr_scheduler_kwargs and training.lr_scheduler_type.startswith("constant"):
+        parser.error(f"lr_scheduler_kwargs: {training.lr_scheduler_type.value} has no use for any; leave it out")
+    with trying("lr_scheduler_kwargs"):
+        optimizer = torch.optim.SGD(model.parameters(), lr=training.learning_rate)
+        transformers.get_scheduler(training.lr_scheduler_type, optimizer, 0, 2, training.lr_scheduler_kwargs)
+
+
+def _check_optimizer(parser: SettingsParser, training: DeltaLlavaTrainingArguments, model: torch.nn.Module) -> None:
+    """Makes a run's optimizer for another model; each of `optim_args` must change it, for what is unknown does not."""
+    training = copy.copy(training)
+    if training.optim_target_modules is not None:
+        training.optim_target_modules = "all-linear"
+    optimizer, settings = transformers.Trainer.get_optimizer_cls_and_kwargs(training, model)
+    if not settings.keys() & {"model", "params"}:  # others take the model itself, or parts of it
+        optimizer(model.parameters(), **settings)
+    pairs = training.optim_args.split(",") if training.optim_args else []
+    for pair in pairs:
+        fewer = copy.copy(training)
+        fewer.optim_args = ",".join(other for other in pairs if other != pair)
+        if transformers.Trainer.get_optimizer_cls_and_kwargs(fewer, model)[1] == settings:
+            parser.error(f"optim_args: {pair.strip()} changes nothing of {training.optim.value}; leave it out")

@@ -32,50 +32,22 @@ BAR_WIDTH = 40
 SHOWN_PROBLEMS = 5
 ROWS_AT_ONCE = 64
 MOST_WORKERS = 16
-
-
-@dataclass
-class RowFacts:
-    """What one row would give to training."""
-
-    tokens: int = 0
-    learned: int = 0
-    images: int = 0
-    was_cut: bool = False
-    dropped_leading_answer: bool = False
-    problem: str | None = None
-    kind: str = "usable"
+PROBLEMS = ("broken images", "malformed rows", "missing images", "rows with nothing to learn")
 
 
 @dataclass
 class DataFacts:
-    """What all rows would give to training, per epoch."""
+    """What rows would give to training: counts by name, tokens of each usable row, and why others are not usable."""
 
-    rows: int = 0
-    kinds: Counter[str] = field(default_factory=Counter)
-    problems: list[str] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
     tokens: list[int] = field(default_factory=list)
-    learned: int = 0
-    images: int = 0
-    text_only: int = 0
-    several_images: int = 0
-    cut: int = 0
-    dropped_answers: int = 0
+    problems: list[str] = field(default_factory=list)
 
-    def add(self, row: RowFacts) -> None:
-        """Adds the facts of a row."""
-        self.rows += 1
-        self.kinds[row.kind] += 1
-        if row.problem is not None:
-            self.problems.append(row.problem)
-            return
-        self.tokens.append(row.tokens)
-        self.learned += row.learned
-        self.images += row.images
-        self.text_only += row.images == 0
-        self.several_images += row.images > 1
-        self.cut += row.was_cut
-        self.dropped_answers += row.dropped_leading_answer
+    def add(self, other: "DataFacts") -> None:
+        """Adds the facts of other rows."""
+        self.counts.update(other.counts)
+        self.tokens += other.tokens
+        self.problems += other.problems
 
 
 def check_data(arguments: RunArguments) -> str:
@@ -92,27 +64,34 @@ def check_data(arguments: RunArguments) -> str:
     return report(arguments, config, facts)
 
 
+@dataclass
 class RowReader:
-    """Reads rows of a data set as training would, in the workers of a `DataLoader`: rows -> a `RowFacts` of each."""
+    """Reads rows of a data set as training would, in the workers of a `DataLoader`."""
 
-    def __init__(self, collator: DeltaLlavaCollator, num_visual_tokens: int, max_length: int):
-        self.collator = collator
-        self.num_visual_tokens = num_visual_tokens
-        self.max_length = max_length
+    collator: DeltaLlavaCollator
+    num_visual_tokens: int
+    max_length: int
 
-    def __call__(self, records: list[dict[str, Any]]) -> list[RowFacts]:
-        return [self.facts_of(record) for record in records]
+    def __call__(self, records: list[dict[str, Any]]) -> DataFacts:
+        total = DataFacts(Counter(rows=len(records)))
+        for record in records:
+            place = self.collator.place_of(record)
+            try:
+                total.add(self.facts_of(record))
+            except RowError as error:
+                total.add(DataFacts(Counter(["malformed rows"]), problems=[f"{place}: {error}"]))
+            except BrokenImageError as error:
+                kind = "missing images" if isinstance(error, MissingImageError) else "broken images"
+                total.add(DataFacts(Counter([kind]), problems=[f"{place}: image {error}"]))
+        return total
 
-    def facts_of(self, record: dict[str, Any]) -> RowFacts:
-        place = self.collator.place_of(record)
-        try:
-            sample, text, images = self.collator.read(record)
-        except RowError as error:
-            return RowFacts(problem=f"{place}: {error}", kind="malformed rows")
-        except MissingImageError as error:
-            return RowFacts(problem=f"{place}: image {error}", kind="missing images")
-        except BrokenImageError as error:
-            return RowFacts(problem=f"{place}: image {error}", kind="broken images")
+    def facts_of(self, record: dict[str, Any]) -> DataFacts:
+        """The facts of one row.
+
+        Raises:
+            RowError, BrokenImageError: it cannot be used.
+        """
+        sample, text, images = self.collator.read(record)
         tokens, labels, kept = expand(
             *map(torch.tensor, (text.input_ids, text.labels)),
             image_token_id=self.collator.processor.image_token_id,
@@ -120,16 +99,21 @@ class RowReader:
             max_length=self.max_length,
         )
         learned = int((labels != IGNORED_LABEL).sum())
-        whole = len(text.input_ids) + (self.num_visual_tokens - 1) * len(images)
-        return RowFacts(
-            tokens=len(tokens),
-            learned=learned,
-            images=int(kept.sum()),
-            was_cut=len(tokens) < whole,
-            dropped_leading_answer=sample.dropped_leading_answer,
-            problem=None if learned else f"{place}: nothing to learn within max_length={self.max_length}",
-            kind="usable" if learned else "rows with nothing to learn",
+        if not learned:
+            problem = f"{self.collator.place_of(record)}: nothing to learn within max_length={self.max_length}"
+            return DataFacts(Counter(["rows with nothing to learn"]), problems=[problem])
+        shown = int(kept.sum())
+        counts = Counter(
+            {
+                "learned": learned,
+                "pictures": shown,
+                "without a picture": shown == 0,
+                "several pictures": shown > 1,
+                "cut": len(tokens) < len(text.input_ids) + (self.num_visual_tokens - 1) * len(images),
+                "leading answer left out": sample.dropped_leading_answer,
+            }
         )
+        return DataFacts(counts, tokens=[len(tokens)])
 
 
 def gather(arguments: RunArguments, processor: DeltaLlavaProcessor) -> DataFacts:
@@ -151,9 +135,8 @@ def gather(arguments: RunArguments, processor: DeltaLlavaProcessor) -> DataFacts
     total = DataFacts()
     with tqdm(total=None if data.streaming else len(rows)) as bar:
         for facts in loader:
-            for row in facts:
-                total.add(row)
-            bar.update(len(facts))
+            total.add(facts)
+            bar.update(facts.counts["rows"])
     return total
 
 
@@ -163,18 +146,18 @@ def report(arguments: RunArguments, config: DeltaLlavaConfig, facts: DataFacts) 
     if not facts.tokens:
         problem = facts.problems[0] if facts.problems else "it is empty"
         raise UserError(f"{data.data_path}: no usable row; the first problem: {problem}")
-    usable = len(facts.tokens)
+    usable, counts = len(facts.tokens), facts.counts
     lines = [
         f"{data.data_path}",
-        f"  rows                  {facts.rows:>12,}",
+        f"  rows                  {counts['rows']:>12,}",
         f"  usable                {usable:>12,}",
-        f"    without a picture   {facts.text_only:>12,}",
-        f"    several pictures    {facts.several_images:>12,}",
-        f"    cut at {data.max_length:<12,} {facts.cut:>12,}",
-        f"    leading answer left out {facts.dropped_answers:>8,}",
-        f"  pictures              {facts.images:>12,}",
+        f"    without a picture   {counts['without a picture']:>12,}",
+        f"    several pictures    {counts['several pictures']:>12,}",
+        f"    cut at {data.max_length:<12,} {counts['cut']:>12,}",
+        f"    leading answer left out {counts['leading answer left out']:>8,}",
+        f"  pictures              {counts['pictures']:>12,}",
     ]
-    lines += [f"  {kind:<21} {count:>12,}" for kind, count in sorted(facts.kinds.items()) if kind != "usable"]
+    lines += [f"  {kind:<21} {counts[kind]:>12,}" for kind in PROBLEMS if counts[kind]]
     lines += [f"    {problem}" for problem in facts.problems[:SHOWN_PROBLEMS]]
     if len(facts.problems) > SHOWN_PROBLEMS:
         lines.append(f"    and {len(facts.problems) - SHOWN_PROBLEMS:,} more")
@@ -183,7 +166,7 @@ def report(arguments: RunArguments, config: DeltaLlavaConfig, facts: DataFacts) 
     tokens = sum(facts.tokens)
     lines += [
         "",
-        f"Tokens per epoch        {tokens:>14,} ({facts.learned:,} learned, {tokens / usable:.0f} per row)",
+        f"Tokens per epoch        {tokens:>14,} ({facts.counts['learned']:,} learned, {tokens / usable:.0f} per row)",
     ]
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     steps = math.ceil(usable / batch)

@@ -34,30 +34,11 @@ RESUME_FILES = (
 )
 # What a run must keep when it is resumed: settings that decide which weights and which data a checkpoint stands for.
 IDENTITY = (
-    "model",
-    "language_model",
-    "vision_tower",
-    "train_projector",
-    "train_language_model",
-    "train_vision_tower",
-    "projector",
-    "num_visual_tokens",
-    "visual_token_budgets",
-    "visual_token_budget_weights",
-    "lora_rank",
-    "lora_alpha",
-    "lora_target_modules",
-    "quantization",
-    "data_path",
-    "split",
-    "image_folder",
-    "streaming",
-    "format",
-    "max_length",
-    "image_aspect_ratio",
-    "train_sampling_strategy",
-    "seed",
-    "data_seed",
+    *("model", "language_model", "vision_tower", "train_projector", "train_language_model", "train_vision_tower"),
+    *("projector", "num_visual_tokens", "visual_token_budgets", "visual_token_budget_weights"),
+    *("lora_rank", "lora_alpha", "lora_target_modules", "quantization"),
+    *("data_path", "split", "image_folder", "streaming", "format", "max_length", "image_aspect_ratio"),
+    *("train_sampling_strategy", "seed", "data_seed"),
 )
 # Rows of one optimizer step over all devices: decides the order of the rows, however it is split.
 TOTAL_BATCH_SIZE = "total_batch_size"

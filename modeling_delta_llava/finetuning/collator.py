@@ -1,6 +1,7 @@
 """Batches: rows of a data set, read, encoded, padded on the right, with the pictures of all of them in one tensor."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .text import IGNORED_LABEL, ConversationEncoder, EncodedText
 ROWS_KEY = "rows"
 
 
+@dataclass(eq=False)
 class DeltaLlavaCollator:
     """Collates rows of a data set; rows without a picture and with several mix freely.
 
@@ -32,25 +34,14 @@ class DeltaLlavaCollator:
         ignored_keys: see [`parse_row`].
     """
 
-    def __init__(
-        self,
-        processor: Any,
-        encoder: ConversationEncoder,
-        name: str = "the data",
-        image_folder: Path | None = None,
-        on_bad_row: str = "stop",
-        on_broken_image: str = "stop",
-        max_image_pixels: int | None = None,
-        ignored_keys: Collection[str] = (),
-    ):
-        self.processor = processor
-        self.encoder = encoder
-        self.name = name
-        self.image_folder = image_folder
-        self.on_bad_row = on_bad_row
-        self.on_broken_image = on_broken_image
-        self.max_image_pixels = max_image_pixels
-        self.ignored_keys = ignored_keys
+    processor: Any
+    encoder: ConversationEncoder
+    name: str = "the data"
+    image_folder: Path | None = None
+    on_bad_row: str = "stop"
+    on_broken_image: str = "stop"
+    max_image_pixels: int | None = None
+    ignored_keys: Collection[str] = ()
 
     def __call__(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """

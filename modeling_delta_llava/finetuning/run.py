@@ -13,8 +13,9 @@ from delta_llava.redaction import ScrubbedRecords
 
 from ..building import check_budgets
 from ..folders import check_output_folder
+from ..hub import call, hub_api
 from ..sources import local_folder
-from .arguments import ModelArguments, RunArguments, load_arguments
+from .arguments import DeltaLlavaTrainingArguments, ModelArguments, RunArguments, load_arguments
 from .check_data import check_data
 from .checkpoints import (
     COMPLETE_FOLDER,
@@ -54,7 +55,7 @@ def finetune(config: str, overrides: list[str] | None = None) -> Path | None:
         config: path of a YAML file, or the name of a packaged recipe.
         overrides: arguments such as `["--learning_rate", "2e-5"]`.
     Returns:
-        The folder with the trained model, or None after `--check_data`.
+        The folder with the trained model; None after `--check_data`, and in processes beside the main one.
     Raises:
         UserError: anything the user can mend, before the first step wherever it can be known then.
     """
@@ -89,7 +90,9 @@ def run(arguments: RunArguments) -> Path | None:
         last_line = str(error).strip().split("\n")[-1]
         raise UserError(last_line.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")) from error
     skipped = trainer.all_skipped()
-    if skipped and arguments.training.process_index == 0:
+    if arguments.training.process_index != 0:
+        return None
+    if skipped:
         logger.warning("%d rows were left out: %s", len(skipped), "; ".join(sorted(skipped)[:5]))
     return Path(arguments.training.output_dir)
 
@@ -118,7 +121,7 @@ def model_folder(arguments: RunArguments) -> Path:
     folder = Path(training.output_dir) / BASE_FOLDER
     with training.main_process_first(local=False, desc="joining language model and vision tower"):
         if training.process_index == 0:
-            with built_whole():
+            with built_whole(training):
                 compose(folder, model, arguments.data, seed=training.seed)
     return folder
 
@@ -164,6 +167,23 @@ def check_output_dir(output_dir: Path, model: ModelArguments) -> None:
     )
 
 
+def make_repository(training: DeltaLlavaTrainingArguments) -> None:
+    """Makes the repository of a run that uploads, as `Trainer` does when the model is loaded already.
+
+    Raises:
+        UserError: it cannot be made or written to, or has no such revision.
+    """
+    name = training.hub_model_id or Path(training.output_dir).absolute().name
+    api, token = hub_api(), training.hub_token
+
+    def make() -> None:
+        made = api.create_repo(name, token=token, private=training.hub_private_repo, exist_ok=True)
+        if training.hub_revision is not None:
+            api.repo_info(made.repo_id, revision=training.hub_revision, token=token)
+
+    call("making the repository", name, make, logger.warning)
+
+
 def prepare(arguments: RunArguments) -> tuple[DeltaLlavaTrainer, Path | None]:
     """Everything before the first step: settings and data checked, model loaded and frozen, trainer built.
 
@@ -191,6 +211,8 @@ def prepare(arguments: RunArguments) -> tuple[DeltaLlavaTrainer, Path | None]:
             arguments, eval_collator, processor.num_visual_tokens, evaluation=True
         )
     metric = load_metric(training.metric) if training.predict_with_generate else None
+    if training.push_to_hub and training.process_index == 0:
+        make_repository(training)
 
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -225,13 +247,5 @@ def prepare(arguments: RunArguments) -> tuple[DeltaLlavaTrainer, Path | None]:
         eval_left_out=eval_left_out,
         settings=arguments.settings,
         start_folder=None if model_arguments.lora_rank else folder,
-        card={
-            "model": model_arguments.model,
-            "language_model": model_arguments.language_model,
-            "vision_tower": model_arguments.vision_tower,
-            "data": data.data_path,
-            "format": data.format,
-            "rows": "streamed" if data.streaming else f"{len(train_dataset):,}",
-        },
     )
     return trainer, checkpoint

@@ -1,7 +1,6 @@
 """What a run starts from: a Delta-LLaVA folder, or a language model and a vision tower joined by a new projector."""
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
-from transformers.integrations import deepspeed as deepspeed_integration
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from delta_llava.errors import UserError, printable, told
 
@@ -169,16 +168,16 @@ def compose(folder: Path, model: ModelArguments, data: DataArguments, seed: int 
 
 
 @contextmanager
-def built_whole() -> Iterator[None]:
+def built_whole(training: DeltaLlavaTrainingArguments) -> Iterator[None]:
     """While active, models are built on this rank alone, also in a run whose weights ZeRO-3 spreads over ranks."""
-    reference = deepspeed_integration._hf_deepspeed_config_weak_ref
-    zero_config = reference() if reference is not None else None
-    deepspeed_integration.unset_hf_deepspeed_config()
+    unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        if zero_config is not None:
-            deepspeed_integration.set_hf_deepspeed_config(zero_config)
+        if training.deepspeed:
+            set_hf_deepspeed_config(training.hf_deepspeed_config)
+        elif training.deepspeed_plugin is not None:  # of `accelerate launch`
+            training.deepspeed_plugin.set_deepspeed_weakref()
 
 
 def append_rows(language_model: Any, rows: int) -> None:
@@ -210,7 +209,11 @@ def join(
 
 @contextmanager
 def kept_in_fp32(modules: set[str]) -> Iterator[None]:
-    """While active, `from_pretrained` keeps these modules in fp32 whatever dtype is asked for."""
+    """While active, `from_pretrained` keeps these modules in fp32 whatever dtype is asked for.
+
+    A model class names such modules in this attribute, and no argument of `from_pretrained` does: given a dtype for
+    each part, it takes that of the whole.
+    """
     previous = DeltaLlavaForConditionalGeneration._keep_in_fp32_modules_strict
     DeltaLlavaForConditionalGeneration._keep_in_fp32_modules_strict = modules
     try:
@@ -219,23 +222,15 @@ def kept_in_fp32(modules: set[str]) -> Iterator[None]:
         DeltaLlavaForConditionalGeneration._keep_in_fp32_modules_strict = previous
 
 
-def uses_deepspeed(training: DeltaLlavaTrainingArguments) -> bool:
-    return training.deepspeed is not None or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-
-
-def uses_fsdp(training: DeltaLlavaTrainingArguments) -> bool:
-    return bool(training.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
-
-
 def fp32_modules(model: ModelArguments, training: DeltaLlavaTrainingArguments) -> tuple[torch.dtype, set[str]]:
     """The dtype to load in, and the modules that stay in fp32.
 
     Trained weights are kept in fp32, because an update of 1e-3 of a weight is lost in bf16; frozen ones follow the
     compute dtype. DeepSpeed keeps fp32 copies itself, and FSDP shards only what has one dtype.
     """
-    if not training.bf16 or uses_fsdp(training):
+    if not training.bf16 or training.uses_fsdp:
         return torch.float32, set()
-    if uses_deepspeed(training):
+    if training.deepspeed_plugin is not None:
         return torch.bfloat16, set()
     trained = {
         PROJECTOR_MODULE: model.train_projector,

@@ -96,8 +96,7 @@ class DeltaLlavaTrainer(Trainer):
         eval_collator (`Callable`, *optional*): the collator of the evaluation data, when it is another one.
         metric (`Callable`, *optional*): (predictions, references), two lists of texts, to a number or a dict of them.
         left_out, eval_left_out (`Sequence[str]`): rows that are not in the data sets any more, and why.
-        settings (`dict`, *optional*): the run's settings, stored with every checkpoint.
-        card (`dict`, *optional*): facts for the model card that the trainer cannot know, see [`trained_card`].
+        settings (`dict`, *optional*): the run's settings, stored with every checkpoint and shown on its card.
         start_folder (`Path`, *optional*): where the model was loaded from; frozen weights that the run holds in
             another dtype are saved as they are there.
     """
@@ -113,7 +112,6 @@ class DeltaLlavaTrainer(Trainer):
         left_out: Sequence[str] = (),
         eval_left_out: Sequence[str] = (),
         settings: dict[str, Any] | None = None,
-        card: dict[str, Any] | None = None,
         start_folder: Path | None = None,
         **kwargs,
     ):
@@ -127,7 +125,6 @@ class DeltaLlavaTrainer(Trainer):
         self.metric = metric
         self.start_folder = start_folder
         self.settings = settings or {}
-        self.card = card or {}
         self.grouped_sampler: GroupedSampler | None = None
         self.skipped: set[str] = set(left_out)
         self.eval_left_out = eval_left_out
@@ -327,7 +324,11 @@ class DeltaLlavaTrainer(Trainer):
             figures |= scores(self.metric, predictions, references)
             if cut := len(tokens) - int((tokens == 0).sum()) - len(references):
                 figures["cut_answers"] = cut
-        best = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        best = (
+            "loss"
+            if self.args.metric_for_best_model is None
+            else self.args.metric_for_best_model.removeprefix("eval_")
+        )
         if best not in figures:
             raise UserError(f"metric_for_best_model: {best} is not among what was measured: {', '.join(figures)}")
         return figures
@@ -380,8 +381,7 @@ class DeltaLlavaTrainer(Trainer):
         """
         # With checkpointing, transformers has the output of every embedding require gradients, the patch embedding's
         # too: the frozen tower would be run again and backwards for nothing. Only reentrant checkpointing needs that.
-        names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
-        if not any((getattr(self.args, name, None) or {}).get("use_reentrant") for name in names):
+        if not (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             self.model.disable_input_require_grads()
         output_dir = Path(self.args.output_dir)
         if self.args.should_save:
@@ -446,7 +446,9 @@ class DeltaLlavaTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         final_dir = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        # Nothing is uploaded or deleted before the checkpoint is whole.
+        pushes, limit = self.args.push_to_hub, self.args.save_total_limit
+        self.args.push_to_hub, self.args.save_total_limit = False, None
         self._staging = True
         try:
             super()._save_checkpoint(model, trial)
@@ -461,7 +463,7 @@ class DeltaLlavaTrainer(Trainer):
             ) from error
         finally:
             self._staging = False
-            self.args.save_total_limit = limit
+            self.args.push_to_hub, self.args.save_total_limit = pushes, limit
         self._wait()
         unfinished = final_dir / UNFINISHED_FOLDER / name
         best = final_dir / f"checkpoint-{self.state.best_global_step}"
@@ -475,9 +477,13 @@ class DeltaLlavaTrainer(Trainer):
             os.replace(unfinished, final_dir / name)
             remove_unfinished(final_dir)
         self._wait()
-        if self.args.push_to_hub:
+        # Without `hub_always_push` this checkpoint is not uploaded while another one is, which must stay until then.
+        is_busy = self._is_uploading() and not (self.args.hub_always_push or self.control.should_training_stop)
+        if self.args.push_to_hub and not is_busy:
             self._push_checkpoint(final_dir / name)
-        if self.args.should_save:
+        if self.control.should_training_stop:
+            self._finish_current_push()  # what `Trainer` deletes at the end, it deletes before it waits
+        if self.args.should_save and not (is_busy and self.args.hub_strategy != HubStrategy.EVERY_SAVE):
             rotate_checkpoints(
                 output_dir=str(final_dir),
                 save_total_limit=limit,
@@ -491,8 +497,9 @@ class DeltaLlavaTrainer(Trainer):
     def push_to_hub(self, *args, token: str | None = None, **kwargs):
         return super().push_to_hub(*args, token=token or self.hub_token, **kwargs)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing: `Trainer` calls this while the checkpoint is still being written."""
+    def _is_uploading(self) -> bool:
+        push = getattr(self, "push_in_progress", None)  # the main process of a run that uploads has it
+        return push is not None and not push.is_done()
 
     def _push_checkpoint(self, checkpoint: Path) -> None:
         """Puts the Hub files of a finished checkpoint into the run's folder and uploads them in the background.
@@ -500,9 +507,6 @@ class DeltaLlavaTrainer(Trainer):
         `Trainer` would copy the weights without the model's code, and file by file.
         """
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if is_busy and not self.args.hub_always_push:
             return
         self._finish_current_push()  # it reads the files that are replaced now
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
@@ -544,7 +548,7 @@ class DeltaLlavaTrainer(Trainer):
 
     def _write_card(self, folder: Path) -> None:
         parts = [(count.part, count.trained, count.frozen) for count in count_parts(self.model)]
-        card = trained_card(self.card, self.state, self.args, self.model.config, parts, is_adapter=self._is_lora())
+        card = trained_card(self.settings, self.state, self.args, self.model.config, parts, is_adapter=self._is_lora())
         (folder / "README.md").write_text(str(card), encoding="utf-8")
         if not self._is_lora():
             shutil.copyfile(EXAMPLE, folder / EXAMPLE.name)

@@ -24,7 +24,8 @@ class BudgetRecorder(TrainerCallback):
         trainer.add_callback(self)
 
     def _look(self, model, args, kwargs):
-        (self._batch,) = set(kwargs["num_visual_tokens"].tolist())
+        if model.training:
+            (self._batch,) = set(kwargs["num_visual_tokens"].tolist())
 
     def on_step_end(self, args, state, control, **kwargs):
         self.budgets.append(self._batch)

@@ -241,6 +241,44 @@ BAD_SETTINGS = {
         "invalid choice: 'thread'",
     ),
     "missing DeepSpeed config": ({"deepspeed": "none.json"}, "cannot be used"),
+    "sharding in one process": ({"fsdp": "full_shard"}, "fsdp needs several processes with a GPU each"),
+    "recomputation": (
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"foo": 1}},
+        "checkpointing_kwargs cannot be used .*foo",
+    ),
+    "kind of recomputation": (
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": "maybe"}},
+        "checkpointing_kwargs: use_reentrant must be true or false",
+    ),
+    "compiler that is not installed": ({"torch_compile_backend": "tvm"}, "torch_compile_backend .*apache-tvm"),
+    "layers of recomputation": (
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"every_n_layers": 0}},
+        "every_n_layers must be at least 1, found 0",
+    ),
+    "activations that are nowhere else": (
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"offload": True}},
+        "checkpointing_kwargs.*offload",
+    ),
+    "half precision without a GPU": ({"fp16": True}, "fp16 needs a GPU; set bf16"),
+    "no metric": ({**EVALUATED, "metric_for_best_model": ""}, "metric_for_best_model must be one of loss"),
+    "unread by sgd": (
+        {"optim": "sgd", "optim_args": "momentum=0.9, foo=1"},
+        "optim_args: foo=1 changes nothing of sgd; leave it out",
+    ),
+    "unread by adamw": ({"optim": "adamw_torch", "optim_args": "momentum=0.9"}, "momentum=0.9 changes nothing"),
+    "impossible for sgd": ({"optim": "sgd", "optim_args": "momentum=-1"}, "optim_args cannot be used .*momentum"),
+    "value of a schedule": (
+        {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": "many"}},
+        "lr_scheduler_kwargs cannot be used",
+    ),
+    "schedule that ends above its start": (
+        {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 0.1}},
+        "lr_scheduler_kwargs cannot be used .*lr_end",
+    ),
+    "mapping that a schedule leaves unread": (
+        {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"num_cycles": 1}},
+        "lr_scheduler_kwargs: constant has no use for any",
+    ),
 }
 
 

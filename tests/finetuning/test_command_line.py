@@ -330,6 +330,11 @@ BAD_INPUTS = {
         {"output_dir": "/proc/run", "trial_save": True},
         "output_dir: /proc/run cannot be made .*give another",
     ),
+    "sharding in one process": ({"fsdp": "full_shard"}, "fsdp needs several processes"),
+    "no name for a repository": (
+        {"push_to_hub": True, "hub_model_id": "a/b/c"},
+        "a/b/c: making the repository failed: Repo id must be",
+    ),
     "unknown setting": ({"learning_rat": 1}, "did you mean learning_rate"),
     "a turn that the format cannot show": (
         with_row({"conversations": turns(("system", "Be brief."), ASKED, ANSWERED)}, format="plain"),
@@ -356,6 +361,8 @@ def test_bad_input_is_one_line_and_status_2(workplace, tmp_path, capsys, change,
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert re.search(words, errors[0]), errors[0]
+    is_met_in_a_batch = "cannot be decoded" in words or "is over the limit" in words
+    assert (tmp_path / "run").exists() == is_met_in_a_batch
     assert not list(tmp_path.glob("run/checkpoint-*"))
 
 

@@ -204,6 +204,6 @@ def test_an_interrupted_process_says_no_more_than_that(monkeypatch, capsys):
     def finetune(config, overrides):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(launched, "finetune", finetune)
+    monkeypatch.setattr("modeling_delta_llava.finetuning.run.finetune", finetune)
     assert launched.main(["run.yaml"]) == 130
     assert capsys.readouterr().err == "interrupted\n"

@@ -45,6 +45,26 @@ def mean_loss(trainer, indices):
     return trainer.model(**batch).loss
 
 
+def evaluated_on(rows, folder):
+    """Settings of an evaluation in which the second of two ranks gets a batch without a picture."""
+    held_out = [rows[number] for number in (0, 1, 3, 7, 2)]
+    assert ["image" in row for row in held_out[:4]] == [True, True, False, False]
+    (folder / "held_out.json").write_text(json.dumps(held_out))
+    return {
+        "eval_data_path": str(folder / "held_out.json"),
+        "eval_strategy": "epoch",
+        "per_device_eval_batch_size": 2,
+        "predict_with_generate": True,
+        "generation_max_new_tokens": 3,
+    }
+
+
+def evaluations(log):
+    """What each evaluation of a run measured, one after the other."""
+    names = ("eval_loss", "eval_exact_match")
+    return [entry[name] for entry in log if "eval_loss" in entry for name in names]
+
+
 def plain_step(arguments):
     """Loss and weights of one process after a step on the first eight rows."""
     trainer, _ = prepare(arguments)
@@ -75,16 +95,7 @@ def test_ddp_and_fsdp2_equal_one_process(settings, arguments, data_folder, tmp_p
     broken = write_data(tmp_path / "broken")
     for name in ("0.png", "4.png"):  # rows 0 and 4 go to different ranks below
         (tmp_path / "broken" / "images" / name).write_text("no picture")
-    held_out = [rows[number] for number in (0, 1, 3, 7, 2)]
-    assert ["image" in row for row in held_out[:4]] == [True, True, False, False]  # the second rank gets no picture
-    (tmp_path / "held_out.json").write_text(json.dumps(held_out))
-    evaluated = {
-        "eval_data_path": str(tmp_path / "held_out.json"),
-        "eval_strategy": "epoch",
-        "per_device_eval_batch_size": 2,
-        "predict_with_generate": True,
-        "generation_max_new_tokens": 3,
-    }
+    evaluated = evaluated_on(rows, tmp_path)
     smoothed = {"label_smoothing_factor": 0.1, "max_steps": 2}
     apart = {"average_tokens_across_devices": False, "train_sampling_strategy": "sequential", "max_steps": 1}
     best = {
@@ -195,8 +206,11 @@ def zero(stage, folder):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_equals_one_process(settings, arguments, tmp_path, stage):
-    """A run from its parts (composed on one rank), and resumed from its checkpoint; both save whole Hub folders."""
+def test_deepspeed_equals_one_process(settings, arguments, data_folder, tmp_path, stage):
+    """A run from its parts (composed on one rank), and resumed from its checkpoint; both save whole Hub folders.
+
+    Both evaluate, before the first step and after the last, where one rank has no picture.
+    """
     pytest.importorskip("deepspeed")
     layout = TrainingLayout()
     write_base_model(tmp_path / "llm", layout)
@@ -209,6 +223,8 @@ def test_deepspeed_equals_one_process(settings, arguments, tmp_path, stage):
         "num_visual_tokens": 4,
         "save_strategy": "steps",
         "save_steps": 2,
+        "eval_on_start": True,
+        **evaluated_on(json.loads((data_folder / "data.json").read_text()), tmp_path),
     }
     one = trained(arguments(**start, output_dir=str(tmp_path / "one")))
     common = {
@@ -231,6 +247,9 @@ def test_deepspeed_equals_one_process(settings, arguments, tmp_path, stage):
     two_processes(tmp_path, themes, DS_ACCELERATOR="cpu")
     whole, resumed = (torch.load(theme["result"]) for theme in themes)
     assert whole["engine"] == "DeepSpeedEngine"
+    expected = evaluations(one.state.log_history)
+    assert len(expected) == 4
+    assert evaluations(whole["log"]) == pytest.approx(expected, rel=1e-5)
     assert whole["losses"] == pytest.approx(losses(one), rel=1e-5)
     assert resumed["losses"] == pytest.approx(whole["losses"], rel=1e-6)
     for folder in (tmp_path / "two", tmp_path / "two" / "checkpoint-4"):

@@ -6,8 +6,11 @@ import itertools
 import json
 import logging
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -16,7 +19,7 @@ from modeling_delta_llava.finetuning.checkpoints import UNFINISHED_FOLDER, last_
 from modeling_delta_llava.finetuning.metrics import exact_match, load_metric, scores
 from modeling_delta_llava.finetuning.parts import PROJECTOR, VISION_TOWER, count_parts, part_of
 from modeling_delta_llava.finetuning.run import prepare, run
-from modeling_delta_llava.finetuning.trainer import GroupedSampler
+from modeling_delta_llava.finetuning.trainer import DeltaLlavaTrainer, GroupedSampler
 from modeling_delta_llava.modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from modeling_delta_llava.processing_delta_llava import DeltaLlavaProcessor
 from tests import tiny
@@ -307,6 +310,50 @@ def test_every_push_during_training_is_a_whole_model(hub, client, settings, tmp_
         == (tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_bytes()
     )
     assert not (tmp_path / "run" / UNFINISHED_FOLDER).exists()
+
+
+BEST = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+UPLOADS = {
+    "that later saves find unfinished": ({"save_steps": 1, "hub_always_push": False}, ["checkpoint-4"]),
+    "that the end finds unfinished": (
+        {"save_steps": 2, "hub_always_push": True, "eval_strategy": "steps", "eval_steps": 2, **BEST},
+        ["checkpoint-2"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "kept"), UPLOADS.values(), ids=UPLOADS.keys())
+def test_a_checkpoint_stays_while_it_is_uploaded(arguments, data_folder, monkeypatch, changes, kept):
+    """Uploads of checkpoints that are as slow as two more saves, or as a second; one checkpoint is to be kept."""
+    uploads, read = ThreadPoolExecutor(1), []
+
+    def files_after_a_while(folder):
+        later = folder.with_name(f"checkpoint-{int(folder.name.rpartition('-')[2]) + 2}")
+        end = time.monotonic() + 1
+        while not later.is_dir() and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        return {file.name for file in folder.iterdir()}
+
+    def upload_folder(folder_path, path_in_repo=None, **options):
+        read.append(uploads.submit(files_after_a_while if path_in_repo else str, folder_path))
+        return read[-1]
+
+    monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, *args, **options: None)
+    monkeypatch.setattr(
+        DeltaLlavaTrainer,
+        "init_hf_repo",
+        lambda self: vars(self).update(hub_model_id="user/pushed", push_in_progress=None),
+    )
+    pushed = {"push_to_hub": True, "hub_model_id": "user/pushed", "hub_strategy": "checkpoint"}
+    if "eval_strategy" in changes:
+        changes = {**changes, "eval_data_path": str(data_folder / "data.json")}
+    run_arguments = arguments(**pushed, **changes, save_strategy="steps", save_total_limit=1)
+    trained(run_arguments)
+    for future in read[1::2]:
+        assert future.result() >= {"model.safetensors", "optimizer.pt", "trainer_state.json"}
+    assert [folder.name for folder in Path(run_arguments.training.output_dir).glob("checkpoint-*")] == kept
 
 
 def test_budgets_follow_their_weights(arguments):

@@ -32,9 +32,10 @@ def train(settings, result):
     dist.all_gather_object(ranks, (recorder.budgets, trainer.state.best_model_checkpoint))
     if trainer.args.process_index == 0:
         budgets, best = zip(*ranks, strict=True)
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        log = trainer.state.log_history
+        losses = [entry["loss"] for entry in log if "loss" in entry]
         engine = type(trainer.model_wrapped).__name__
-        torch.save({"losses": losses, "budgets": budgets, "best": best, "engine": engine}, result)
+        torch.save({"losses": losses, "log": log, "budgets": budgets, "best": best, "engine": engine}, result)
     dist.barrier()
 
 
