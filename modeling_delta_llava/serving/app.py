@@ -467,7 +467,7 @@ def run_app(
     check_chat_template(processor, model, messages([Turn("A question?", ("",), "An answer."), Turn("Another?")]))
     # As Ctrl-C does: the page is closed, and what was uploaded deleted.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # Read when Gradio is imported: it reports nothing, summarises its last events alone (which it does after each), and
+    # Read when Gradio is imported: it reports nothing, summarises its last events alone (after each of them anew), and
     # keeps what is uploaded in a folder that goes with the app.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"

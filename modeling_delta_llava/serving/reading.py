@@ -10,7 +10,7 @@ MAX_PICTURES = 32
 MAX_STOPS = 4
 # Messages, parts of one, and budgets.
 MAX_ITEMS = 1000
-# Commas and opening brackets, those of texts included: values take up to a hundred times their size in memory.
+# Commas and opening brackets, those in texts included: each may begin a value, of some hundred bytes in memory.
 MAX_SIGNS = 500_000
 
 
