@@ -87,12 +87,10 @@ async def unless_gone(request: Request, work: Awaitable):
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             raise ClientDisconnect
-        return working.result()
     finally:
         working.cancel()
         leaving.cancel()
-        # The traceback of an error holds this frame: with the work in it, a circle that keeps the request for long.
-        del work, working
+    return working.result()
 
 
 class Service:
