@@ -8,6 +8,7 @@ import contextlib
 import html
 import json
 import os
+import shutil
 import signal
 import socket
 import tempfile
@@ -34,10 +35,13 @@ MAX_PICTURES = 16
 # Of the pictures of a conversation together; Pillow itself takes about as many in one.
 MAX_PIXELS = 180_000_000
 MAX_QUESTION = 20_000  # characters
+MAX_TURNS = 100
 MAX_WAITING = 64
 MAX_SESSIONS = 256
 MAX_REQUEST, MAX_UPLOAD = 1_000_000, 330_000_000  # bytes, of any request and of one that uploads pictures
 UPLOAD_PATH = "/gradio_api/upload"
+# Of the disk that uploads lie on, which stays free; in bytes.
+MIN_FREE = 1_000_000_000
 # Uploaded pictures and sheets are looked through this often, and deleted at this age; both in seconds.
 CACHE = (600, 7200)
 
@@ -63,6 +67,14 @@ class Turn:
     @property
     def waits(self) -> bool:
         return not (self.answer or self.note or self.problem)
+
+
+def taken_up(turns: list[Turn], question: str, pictures: list[str]) -> list[Turn]:
+    """The conversation with a question at its end, of a size that a server can keep for many.
+
+    Of what is too long or too many, one more is kept than `check_turns` lets pass; the oldest turns are forgotten.
+    """
+    return [*turns, Turn(question[: MAX_QUESTION + 1], tuple(pictures[: MAX_PICTURES + 1]))][-MAX_TURNS:]
 
 
 def answered(turns: list[Turn]) -> list[Turn]:
@@ -231,10 +243,17 @@ def names_an_address(body: bytes) -> bool:
 
 
 class Bounded:
-    """ASGI middleware: refuses requests that are large, or have files fetched; `max_file_size` bounds uploads."""
+    """ASGI middleware: refuses requests that are large, fill the disk, or have files fetched.
 
-    def __init__(self, app: Callable):
-        self.app = app
+    `max_file_size` bounds each file of an upload.
+
+    Args:
+        app: what is behind it.
+        uploads: folder that uploads lie in.
+    """
+
+    def __init__(self, app: Callable, uploads: str):
+        self.app, self.uploads = app, uploads
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable):
         from starlette.requests import Request
@@ -246,6 +265,10 @@ class Bounded:
             length = Request(scope).headers.get("content-length", "")
             if not length.isascii() or not length.isdigit() or int(length) > MAX_UPLOAD:
                 return await PlainTextResponse("the upload is too large, or of no stated size", 413)(
+                    scope, receive, send
+                )
+            if shutil.disk_usage(self.uploads).free - int(length) < MIN_FREE:
+                return await PlainTextResponse("the disk for uploads is full: try again later", 507)(
                     scope, receive, send
                 )
             return await self.app(scope, receive, send)
@@ -303,7 +326,7 @@ def build_page(network, processor, name: str, explain: Callable | None = None):
         return gr.MultimodalTextbox(interactive=True, submit_btn=True, stop_btn=False)
 
     def take(message: dict, turns: list[Turn]):
-        turns = [*turns, Turn(message["text"], tuple(message["files"]))]
+        turns = taken_up(turns, message["text"], message["files"])
         return busy(), turns, shown(turns)
 
     def take_again(turns: list[Turn]):
@@ -444,8 +467,10 @@ def run_app(
     check_chat_template(processor, model, messages([Turn("A question?", ("",), "An answer."), Turn("Another?")]))
     # As Ctrl-C does: the page is closed, and what was uploaded deleted.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # Read when Gradio is imported: it reports nothing, and keeps what is uploaded in a folder that goes with the app.
+    # Read when Gradio is imported: it reports nothing, summarises its last events alone (after each of them anew), and
+    # keeps what is uploaded in a folder that goes with the app.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"
     with tempfile.TemporaryDirectory(prefix="delta-llava-app-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
         import gradio as gr
@@ -467,7 +492,7 @@ def run_app(
                 enable_monitoring=False,
                 run_history=False,
                 ssr_mode=False,
-                app_kwargs={"middleware": [Middleware(Bounded)]},
+                app_kwargs={"middleware": [Middleware(Bounded, uploads=uploads)]},
                 theme=theme,
                 css=CSS,
             )

@@ -10,6 +10,8 @@ MAX_PICTURES = 32
 MAX_STOPS = 4
 # Messages, parts of one, and budgets.
 MAX_ITEMS = 1000
+# Commas and opening brackets, those in texts included: each may begin a value, of some hundred bytes in memory.
+MAX_SIGNS = 500_000
 
 
 class RequestError(UserError):
@@ -147,6 +149,8 @@ def read_request(body: bytes) -> ChatRequest:
     Raises:
         RequestError: it is no JSON, or a field is missing, unknown, or of a type or value that cannot be used.
     """
+    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_SIGNS:
+        raise RequestError(f"more than {MAX_SIGNS:,} commas and brackets: send fewer messages, or less content")
     try:
         return ChatRequest.model_validate_json(body)
     except ValidationError as error:

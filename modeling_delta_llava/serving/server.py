@@ -117,7 +117,9 @@ class Service:
         vocabulary = processor.tokenizer.get_vocab()
         self.byte_ids = {vocabulary.get(f"<0x{byte:02X}>") for byte in range(256)}
         self.started = int(time.time())
-        # One thread each: requests are prepared and answered in the order in which they came.
+        # One thread each: requests are read, prepared and answered in the order in which they came. Reading keeps the
+        # interpreter to itself, so that more threads would be no faster, and would hold more of the memory it takes.
+        self.reading = concurrent.futures.ThreadPoolExecutor(1, "reading")
         # Those with videos take long to read and wait for one another alone.
         self.preparing = concurrent.futures.ThreadPoolExecutor(1, "preparing")
         self.watching = concurrent.futures.ThreadPoolExecutor(1, "watching")
@@ -134,7 +136,7 @@ class Service:
 
     def close(self) -> None:
         """Waits for the threads; what was not begun is dropped."""
-        for executor in (self.preparing, self.watching, self.answering):
+        for executor in (self.reading, self.preparing, self.watching, self.answering):
             executor.shutdown(cancel_futures=True)
 
     async def health(self, request: Request) -> Response:
@@ -147,15 +149,15 @@ class Service:
 
     async def chat(self, request: Request) -> Response:
         self._check_key(request)
-        asked = await in_thread(read_request, await self._body(request))
+        loop = asyncio.get_running_loop()
+        asked = await loop.run_in_executor(self.reading, read_request, await self._body(request))
         if asked.model != self.name:
             message = f"no model {printable(asked.model)!r} here: this server has {self.name!r}"
             raise RequestError(message, 404, param="model", code="model_not_found")
         limit = self._limit(asked)
         files = await unless_gone(request, self._fetch([address_of(part) for part in asked.media]))
         executor = self.watching if any(isinstance(part, VideoPart) for part in asked.media) else self.preparing
-        preparing = asyncio.get_running_loop().run_in_executor(executor, self._prepare, asked, files)
-        inputs = await unless_gone(request, preparing)
+        inputs = await unless_gone(request, loop.run_in_executor(executor, self._prepare, asked, files))
         prompt_tokens = inputs["input_ids"].shape[1]
         limit = self._room(prompt_tokens, asked, limit)
         answer = Answer(self._decode, asked.stop, self.end_ids, self.byte_ids)

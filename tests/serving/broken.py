@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -20,6 +21,8 @@ from tests.forked import REPOSITORY
 from tests.tiny import encoded, picture
 
 NAME, KEY = "shapes", "correct-horse-battery"
+# Memory counts as flat if the last third of the time has at most so many times what the middle one has.
+FLAT = 1.02
 
 
 class Server(NamedTuple):
@@ -70,6 +73,15 @@ def postscript() -> bytes:
     stream = io.BytesIO()
     picture().save(stream, "EPS")
     return stream.getvalue()
+
+
+def thirds(sizes: Sequence[int]) -> tuple[str, bool]:
+    """What a server's memory was, of its sizes in bytes: a line, and whether it stopped growing."""
+    third = len(sizes) // 3
+    parts = sizes[:third], sizes[third:-third], sizes[-third:]
+    first, middle, last = (statistics.median(part) / 2**20 for part in parts)
+    line = f"memory, MiB, medians of three thirds: {first:.0f}, {middle:.0f}, {last:.0f}"
+    return line, last <= FLAT * middle
 
 
 PNG = encoded(picture("red"))

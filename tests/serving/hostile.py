@@ -1,7 +1,7 @@
 """A hostile client of `delta-llava app`: broken requests among good ones, and the server's memory meanwhile.
 
 `python -m tests.serving.hostile http://127.0.0.1:7860 PROCESS_ID SECONDS` prints its figures, and fails if a good
-request gets another answer than before the broken ones.
+request gets another answer than before the broken ones, or memory grows to the end.
 """
 
 import collections
@@ -16,6 +16,7 @@ import httpx
 import psutil
 
 from tests import tiny
+from tests.serving.broken import thirds
 
 FILE = {"meta": {"_type": "gradio.FileData"}, "mime_type": "image/png", "orig_name": "a.png"}
 ELSEWHERE = ("/etc/passwd", "../../etc/passwd", "http://127.0.0.1:1/a.png", "http://example.com/a.png")
@@ -107,13 +108,15 @@ def main(address: str, process_id: int, seconds: float):
             assert "root:" not in response.text
         colour = client.random.choice([*expected])
         answers[client.good(colour) == expected[colour]] += 1
-        memory.append(process.memory_info().rss / 2**20)
+        memory.append(process.memory_info().rss)
     print(f"{statuses.total()} broken requests; {answers[True]} good ones right, {answers[False]} wrong")
-    print("MiB of memory:", " ".join(f"{mebibytes:.0f}" for mebibytes in memory[:: max(1, len(memory) // 10)]))
+    line, flat = thirds(memory)
+    print(line)
     print(f"{process.num_threads()} threads, {process.num_fds()} open files")
     for (name, status), count in sorted(statuses.items()):
         print(f"{name}: {status}, {count} times")
     assert not answers[False]
+    assert flat
 
 
 if __name__ == "__main__":

@@ -26,13 +26,11 @@ import psutil
 
 from modeling_delta_llava import asking
 from tests import tiny
-from tests.serving.broken import BROKEN, KEY, SAID, as_address, body_of, served, shown
+from tests.serving.broken import BROKEN, KEY, SAID, as_address, body_of, served, shown, thirds
 from tests.tiny import picture
 
 BAD_CLIENTS, GOOD_CLIENTS = 6, 2
 NEW_TOKENS = 12
-# Growth of the server's memory from the first third of the time to the last that counts as flat.
-FLAT_BYTES = 64 * 2**20
 PICTURES = [picture("red"), picture("blue", (64, 20)), picture((20, 200, 90), (300, 280))]
 
 
@@ -155,16 +153,15 @@ def main() -> int:
                 sizes.append(memory().rss)
                 time.sleep(options.seconds / 60)
         lines = [line for line in log.read_text().splitlines()[1:] if line.strip()]
-    third = len(sizes) // 3
-    first, middle, last = (statistics.median(part) for part in (sizes[:third], sizes[third:-third], sizes[-third:]))
+    line, flat = thirds(sizes)
     print(f"{options.seconds:.0f} s:", ", ".join(f"{count} {kind}" for kind, count in sorted(clients.counts.items())))
     print(
         f"a good answer took {statistics.median(clients.waited):.2f} s (median), {max(clients.waited):.2f} s at most"
     )
-    print("memory, MiB, medians of three thirds:", *(f"{size / 2**20:.0f}" for size in (first, middle, last)))
+    print(line)
     print(f"exit status {server.process.returncode}; lines in the log:", *collections.Counter(lines).most_common(5))
     print(f"{len(clients.wrong)} wrong", *clients.wrong[:10], sep="\n")
-    return int(bool(clients.wrong) or server.process.returncode != 0 or last - first > FLAT_BYTES)
+    return int(bool(clients.wrong) or server.process.returncode != 0 or not flat)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import shutil
 import socket
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,6 +63,18 @@ def test_a_turn_without_answer_is_not_read_again():
 def test_questions_that_cannot_be_asked(turns, message):
     with pytest.raises(UserError, match=message):
         app.check_turns(turns)
+
+
+def test_a_conversation_is_of_bounded_size():
+    turns = app.taken_up(
+        [Turn(str(number), answer="an answer") for number in range(200)], "a" * 30_000, ["a.png"] * 40
+    )
+    assert len(turns) == app.MAX_TURNS
+    assert [turn.question for turn in turns[:-1]] == [str(number) for number in range(101, 200)]
+    assert (len(turns[-1].question), len(turns[-1].pictures)) == (20_001, 17)
+    with pytest.raises(UserError, match="more than 20,000 characters"):
+        app.check_turns(turns)
+    assert app.taken_up([], "What?", ["a.png"]) == [Turn("What?", ("a.png",))]
 
 
 def test_note_counts_and_times():
@@ -130,7 +143,19 @@ def test_pictures_are_bounded_together_before_they_are_decoded(network, processo
         ("/gradio_api/queue/join", {}, b"{}", 200),
     ],
 )
-def test_requests_are_bounded(path, headers, body, status):
+def test_requests_are_bounded(path, headers, body, status, tmp_path):
+    assert answer_of(path, headers, body, tmp_path) == status
+
+
+def test_uploads_do_not_fill_the_disk(tmp_path, monkeypatch):
+    free = app.MIN_FREE + 5
+    monkeypatch.setattr(app.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    for content, status in ((b"12345", 200), (b"123456", 507)):
+        assert answer_of("/gradio_api/upload", {"content-length": str(len(content))}, content, tmp_path) == status
+
+
+def answer_of(path: str, headers: dict, body: bytes, uploads) -> int:
+    """The status of what the middleware answers, with a page behind it that reads the body."""
     pytest.importorskip("starlette")
     sent = []
 
@@ -146,8 +171,8 @@ def test_requests_are_bounded(path, headers, body, status):
 
     pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": "POST", "path": path, "headers": pairs, "query_string": b""}
-    asyncio.run(app.Bounded(page)(scope, receive, send))
-    assert sent[0]["status"] == status
+    asyncio.run(app.Bounded(page, uploads)(scope, receive, send))
+    return sent[0]["status"]
 
 
 def test_an_error_inside_of_generate_ends_the_stream(network, processor, monkeypatch):

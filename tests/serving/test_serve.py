@@ -558,6 +558,11 @@ def test_any_body_is_read_or_refused_in_one_line(body):
         assert refused.status == 400
 
 
+def test_values_are_bounded_before_they_are_read():
+    with pytest.raises(RequestError, match="more than 500,000 commas and brackets"):
+        read_request(b"[" + b"{}," * 250_001 + b"{}]")
+
+
 def test_null_and_neutral_values_are_those_left_out():
     neutral = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logprobs": False, "user": "me"}
     nothing = {"tools": None, "seed": None, "temperature": None, "stop": None, "response_format": None}
