@@ -9,7 +9,7 @@ import re
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -411,7 +411,7 @@ def detect_projector(keys: Iterable[str], where: str) -> str:
     raise UserError(f"{where} has no tensors of a projector (mm_projector.*)")
 
 
-def refuse_unused_features(config: Mapping, keys: Iterable[str], where: Path) -> None:
+def refuse_unused_features(config: Mapping, keys: Collection[str], where: Path) -> None:
     """Refuses, by name, features of the LLaVA code base that the Delta-LLaVA release never used."""
     merge, feature = config.get("mm_patch_merge_type") or "flat", config.get("mm_vision_select_feature", "patch")
     aspect_ratio = str(config.get("image_aspect_ratio") or "square")

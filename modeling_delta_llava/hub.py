@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from functools import partial
 from importlib.metadata import version
 from typing import TypeVar
@@ -28,8 +28,8 @@ SILENCE = 60.0
 """Seconds without a byte, in either direction, after which a request has failed."""
 SLOWEST = 1000.0
 """Bytes per second that an answer must bring on average, [`SILENCE`] seconds set aside."""
-LARGEST_TEXT = 100_000_000
-"""Bytes of an answer that is JSON, or does not say how long it is."""
+LARGEST_ANSWER = 100_000_000
+"""Bytes of an answer that is held in memory; files are written to the disk as they come."""
 LONGEST_WAIT = 60.0
 """Longest pause in seconds that the Hub can ask for."""
 ATTEMPTS = 4
@@ -49,7 +49,7 @@ def hub_api() -> HfApi:
     """huggingface_hub's client.
 
     From now on, this process's requests end after [`SILENCE`] seconds without a byte, when the answer drips
-    ([`SLOWEST`]), and when it has no end ([`LARGEST_TEXT`]).
+    ([`SLOWEST`]), and when it has no end ([`LARGEST_ANSWER`]).
 
     The client's own repetitions obey `Retry-After` whatever it says: more than [`LONGEST_WAIT`] is an error now.
     """
@@ -70,12 +70,19 @@ class _Client(httpx.Client):
             return super().send(request, stream=stream, **options)
         sending = in_daemon_thread(partial(super().send, request, stream=True, **options))
         if not wait([sending], timeout=2 * SILENCE).done:
+            sending.add_done_callback(_close)
             raise httpx.ReadTimeout(f"no answer within {2 * SILENCE:.0f} seconds", request=request)
         response = sending.result()
         if not stream:
+            response.stream.limit = LARGEST_ANSWER
             with contextlib.closing(response):
                 response.read()
         return response
+
+
+def _close(sending: Future) -> None:
+    if sending.exception() is None:
+        sending.result().close()
 
 
 def _limit_silence(request: httpx.Request) -> None:
@@ -92,15 +99,14 @@ def _refuse_long_wait(response: httpx.Response) -> None:
 
 
 def _limit_answer(response: httpx.Response) -> None:
-    is_text = "json" in response.headers.get("Content-Type", "") or "Content-Length" not in response.headers
-    response.stream = _BoundedStream(response.stream, LARGEST_TEXT if is_text else math.inf)
+    response.stream = _BoundedStream(response.stream)
 
 
 class _BoundedStream(httpx.SyncByteStream):
     """The bytes of an answer, and an error when they come slower than [`SLOWEST`] or are more than `limit`."""
 
-    def __init__(self, stream: httpx.SyncByteStream, limit: float):
-        self.stream, self.limit = stream, limit
+    def __init__(self, stream: httpx.SyncByteStream):
+        self.stream, self.limit = stream, math.inf
 
     def __iter__(self) -> Iterator[bytes]:
         started, size = time.monotonic(), 0

@@ -35,7 +35,7 @@ def read(monkeypatch):
 def test_weight_files_are_read(read, tmp_path):
     for name in ("model-2.safetensors", "model-1.safetensors", "mm_projector.bin", "config.json"):
         (tmp_path / name).write_bytes(bytes(3 * module.BLOCK_BYTES // 2))
-    assert read(tmp_path) == ["model-1.safetensors", "model-2.safetensors", "mm_projector.bin"]
+    assert read(tmp_path) == ["model-1.safetensors", "model-2.safetensors"]
 
 
 def test_nothing_is_read_that_does_not_fit(read, tmp_path, monkeypatch):

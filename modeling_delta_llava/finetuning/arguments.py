@@ -396,7 +396,8 @@ def build_arguments(settings: Mapping[str, Any], where: str = "the settings") ->
             # transformers makes a DeepSpeed configuration known to the whole process before it reads it.
             unset_hf_deepspeed_config()
             raise
-        _check_built(parser, training)
+        if not chosen.check_data:  # which any machine can do
+            _check_built(parser, training)
     stored = {name: value for name, value in changed.items() if name not in ("hub_token", "check_data")}
     stored |= run_identity(model, data, training)
     return RunArguments(model, data, training, settings=stored, check_data=chosen.check_data)
@@ -510,7 +511,8 @@ def _check_built(parser: SettingsParser, training: DeltaLlavaTrainingArguments) 
     if training.torch_compile:
         with trying("torch_compile_backend or torch_compile_mode"):
             torch.compile(model, backend=training.torch_compile_backend, mode=training.torch_compile_mode)
-            torch.compile(model, backend=training.torch_compile_backend)(torch.ones(1, 1))  # backends come in packages
+            trial = torch.compile(copy.deepcopy(model).to(training.device), backend=training.torch_compile_backend)
+            trial(torch.ones(1, 1, device=training.device))  # backends come in packages
             TorchDynamoPlugin(backend=training.torch_compile_backend, mode=training.torch_compile_mode)
     recomputed = dict(training.gradient_checkpointing_kwargs or {"use_reentrant": False})
     every = recomputed.pop("every_n_layers", 1)
@@ -523,7 +525,7 @@ def _check_built(parser: SettingsParser, training: DeltaLlavaTrainingArguments) 
             f"{CHECKPOINTING}_kwargs: use_reentrant must be true or false, found {recomputed['use_reentrant']!r}"
         )
     with trying(f"{CHECKPOINTING}_kwargs"):
-        checkpoint(model, torch.ones(1, 1), **recomputed)
+        checkpoint(model, torch.ones(1, 1, requires_grad=True), **recomputed)
     with trying("optim or optim_args"):
         _check_optimizer(parser, training, model)
     if training.lr_scheduler_kwargs and training.lr_scheduler_type.startswith("constant"):
@@ -534,7 +536,7 @@ def _check_built(parser: SettingsParser, training: DeltaLlavaTrainingArguments) 
 
 
 def _check_optimizer(parser: SettingsParser, training: DeltaLlavaTrainingArguments, model: torch.nn.Module) -> None:
-    """Makes a run's optimizer for another model; each of `optim_args` must change it, for what is unknown does not."""
+    """Makes a run's optimizer for another model; each of `optim_args` must be read, for what is unknown is ignored."""
     training = copy.copy(training)
     if training.optim_target_modules is not None:
         training.optim_target_modules = "all-linear"
@@ -543,7 +545,11 @@ def _check_optimizer(parser: SettingsParser, training: DeltaLlavaTrainingArgumen
         optimizer(model.parameters(), **settings)
     pairs = training.optim_args.split(",") if training.optim_args else []
     for pair in pairs:
-        fewer = copy.copy(training)
-        fewer.optim_args = ",".join(other for other in pairs if other != pair)
-        if transformers.Trainer.get_optimizer_cls_and_kwargs(fewer, model)[1] == settings:
+        changed = copy.copy(training)
+        changed.optim_args = ",".join(f"{pair.partition('=')[0]}=0.123" if each == pair else each for each in pairs)
+        try:
+            is_read = transformers.Trainer.get_optimizer_cls_and_kwargs(changed, model)[1] != settings
+        except Exception:  # the other value cannot be used: whoever says so has read it
+            is_read = True
+        if not is_read:
             parser.error(f"optim_args: {pair.strip()} changes nothing of {training.optim.value}; leave it out")

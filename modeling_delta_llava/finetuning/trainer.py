@@ -371,6 +371,8 @@ class DeltaLlavaTrainer(Trainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+        if self.control.should_training_stop:
+            self._finish_current_push()  # what `Trainer` deletes at the end, it deletes before it waits
 
     # ---- saving ----
 
@@ -481,8 +483,6 @@ class DeltaLlavaTrainer(Trainer):
         is_busy = self._is_uploading() and not (self.args.hub_always_push or self.control.should_training_stop)
         if self.args.push_to_hub and not is_busy:
             self._push_checkpoint(final_dir / name)
-        if self.control.should_training_stop:
-            self._finish_current_push()  # what `Trainer` deletes at the end, it deletes before it waits
         if self.args.should_save and not (is_busy and self.args.hub_strategy != HubStrategy.EVERY_SAVE):
             rotate_checkpoints(
                 output_dir=str(final_dir),

@@ -254,6 +254,7 @@ class Bounded:
 
     def __init__(self, app: Callable, uploads: str):
         self.app, self.uploads = app, uploads
+        self.expected = 0  # bytes of the uploads under way
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable):
         from starlette.requests import Request
@@ -267,11 +268,15 @@ class Bounded:
                 return await PlainTextResponse("the upload is too large, or of no stated size", 413)(
                     scope, receive, send
                 )
-            if shutil.disk_usage(self.uploads).free - int(length) < MIN_FREE:
+            if shutil.disk_usage(self.uploads).free - self.expected - int(length) < MIN_FREE:
                 return await PlainTextResponse("the disk for uploads is full: try again later", 507)(
                     scope, receive, send
                 )
-            return await self.app(scope, receive, send)
+            self.expected += int(length)
+            try:
+                return await self.app(scope, receive, send)
+            finally:
+                self.expected -= int(length)
         body = bytearray()
         async for chunk in Request(scope, receive).stream():
             body += chunk
