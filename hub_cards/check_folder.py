@@ -13,7 +13,10 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 import warnings
+
+ATTEMPTS = 50
 
 
 def load_and_answer(folder: str, offload: str) -> None:
@@ -74,7 +77,11 @@ def loading_problem(folder: str, offload: str) -> str | None:
 def end_with_parent(scratch: str) -> None:
     """Ends this process, and leaves nothing behind, when standard input closes."""
     sys.stdin.read()
-    shutil.rmtree(scratch, ignore_errors=True)
+    for _ in range(ATTEMPTS):  # the other thread may still be writing into it
+        shutil.rmtree(scratch, ignore_errors=True)
+        if not os.path.exists(scratch):
+            break
+        time.sleep(0.1)
     os._exit(1)
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from delta_llava.errors import UserError
 from modeling_delta_llava import foreign_code
+from modeling_delta_llava.hub_cards import check_folder
 from modeling_delta_llava.hub_cards import preflight as module
 from modeling_delta_llava.hub_cards.card import write_card
 from modeling_delta_llava.hub_cards.contents import FileHash, compare, hash_file, list_files, secret_in
@@ -447,3 +448,23 @@ def test_problems_are_listed_together(folder):
     with pytest.raises(UserError, match=r"and 2 more") as caught:
         check_contents(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_scratch_that_is_still_written_to_is_removed(tmp_path, monkeypatch):
+    """The checking process whose parent was killed removes its scratch folder while another thread of it writes."""
+    scratch, status = tmp_path / "scratch", []
+    scratch.mkdir()
+    remove = shutil.rmtree
+
+    def remove_beside_a_writer(path, **options):
+        monkeypatch.setattr(shutil, "rmtree", remove)
+        remove(path, **options)
+        scratch.mkdir()
+        (scratch / "offload").touch()
+
+    monkeypatch.setattr(shutil, "rmtree", remove_beside_a_writer)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(os, "_exit", status.append)
+    check_folder.end_with_parent(str(scratch))
+    assert status == [1]
+    assert not scratch.exists()
