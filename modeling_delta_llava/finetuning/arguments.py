@@ -288,6 +288,11 @@ class SettingsParser(HfArgumentParser):
         raise UserError(f"{self.where}: {scrub(printable(message, 1000))}")
 
 
+def best_metric(name: str | None) -> str:
+    """The measurement that a `metric_for_best_model` means, which may have `Trainer`'s prefix."""
+    return "loss" if name is None else name.removeprefix("eval_")
+
+
 def config_path(name: str) -> Path:
     """The YAML file that `name` stands for: a path, or a packaged recipe such as `vicuna-7b/stage1`.
 
@@ -470,7 +475,7 @@ def _check(parser: SettingsParser, chosen: Namespace, changed: dict[str, Any]) -
     if chosen.metric != "exact_match" and not re.fullmatch(r".+:\w+", chosen.metric):
         parser.error("metric must be exact_match, FILE.py:function or module:function")
     measured = ("loss", "exact_match")[: 1 + chosen.predict_with_generate]
-    best = "loss" if chosen.metric_for_best_model is None else chosen.metric_for_best_model.removeprefix("eval_")
+    best = best_metric(chosen.metric_for_best_model)
     if chosen.metric == "exact_match" and best not in measured:
         parser.error(f"metric_for_best_model must be one of {', '.join(measured)}, which evaluation measures")
     if chosen.optim_target_modules and not chosen.optim.startswith(("galore", "apollo")):

@@ -24,7 +24,7 @@ from delta_llava.errors import UserError, reason
 from ..card import EXAMPLE, trained_card
 from ..json_files import ADAPTED_CONFIG, ADAPTER_CONFIG
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
-from .arguments import DeltaLlavaTrainingArguments
+from .arguments import DeltaLlavaTrainingArguments, best_metric
 from .checkpoints import (
     OPTIMIZER_BYTES,
     SAVE_ERRORS,
@@ -324,11 +324,7 @@ class DeltaLlavaTrainer(Trainer):
             figures |= scores(self.metric, predictions, references)
             if cut := len(tokens) - int((tokens == 0).sum()) - len(references):
                 figures["cut_answers"] = cut
-        best = (
-            "loss"
-            if self.args.metric_for_best_model is None
-            else self.args.metric_for_best_model.removeprefix("eval_")
-        )
+        best = best_metric(self.args.metric_for_best_model)
         if best not in figures:
             raise UserError(f"metric_for_best_model: {best} is not among what was measured: {', '.join(figures)}")
         return figures
